@@ -1,0 +1,150 @@
+"""
+Q-score matching: the equations, as pure functions of tensors.
+
+The target policy is pi(a | s) proportional to exp(Q(s, a) / lambda) on the box [-1, 1]^A, with temperature lambda
+(``ent_coef``, the inverse of the paper's M_q). A target says which clean action a denoiser should answer for a noisy action
+a_t = alpha a_0 + sigma z, given g = dQ/da; by Tweedie's formula, score = (alpha a_0 - a_t) / sigma^2 and
+noise = (a_t - alpha a_0) / sigma.
+
+Legend: B batch, A action dimension. Scaled actions are in [-1, 1]; g is in units of return per scaled action.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch as th
+
+
+def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) -> th.Tensor:
+    """
+    dQ/da at ``actions``; works under ``no_grad`` and leaves the gradients of the critic's parameters alone.
+
+    :param q_fn: value of each action, (B, A) -> (B, 1)
+    :param actions: where to take the gradient, shape (B, A)
+    :return: gradient, shape (B, A), a constant for autograd
+    """
+    with th.enable_grad():
+        actions = actions.detach().requires_grad_(True)
+        return th.autograd.grad(q_fn(actions).sum(), actions)[0]
+
+
+def published_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    Where the published method takes the gradient: at the noisy action itself (as in the authors' code).
+
+    :param noisy_actions: a_t, shape (B, A)
+    :param alpha: share of the action that is left, shape (B, 1)
+    :param sigma: standard deviation of the noise, shape (B, 1)
+    :return: actions, shape (B, A)
+    """
+    return noisy_actions
+
+
+def published_target(
+    noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, q_grad: th.Tensor, ent_coef: th.Tensor
+) -> th.Tensor:
+    """
+    The published target (Psenka et al., 2024, arXiv:2312.11752; sign and evaluation point as in the authors' code).
+
+    :param noisy_actions: a_t, shape (B, A)
+    :param alpha: share of the action that is left, shape (B, 1)
+    :param sigma: standard deviation of the noise, shape (B, 1)
+    :param q_grad: dQ/da at a_t, shape (B, A)
+    :param ent_coef: temperature lambda = 1 / M_q, shape ()
+    :return: clean action that corresponds to the target noise, shape (B, A)
+    """
+    noise = -q_grad / ent_coef
+    return (noisy_actions - sigma * noise) / alpha
+
+
+def truncated_normal_mean(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
+    """
+    Mean of N(mean, std^2) truncated to [-1, 1], stable when all of the normal's mass is outside.
+
+    By symmetry the normal is put to the left of the box; the ratio of density to mass there is written with the scaled
+    complementary error function, so that nothing under- or overflows into a wrong number.
+
+    :param mean: location before truncation, any shape
+    :param std: scale before truncation, broadcastable to ``mean``
+    :return: means, in [-1, 1], shape of ``mean``
+    """
+    lower, upper = (mean.abs() - 1) / std, (mean.abs() + 1) / std
+    decay = 2 * mean.abs() / std**2  # log of the ratio of the densities at the two bounds
+    mass = th.special.erfcx(lower * math.sqrt(0.5)) - th.exp(-decay) * th.special.erfcx(upper * math.sqrt(0.5))
+    shift = std * math.sqrt(2 / math.pi) * -th.expm1(-decay) / mass
+    return mean.sign() * (mean.abs() - shift).clamp(-1, 1)
+
+
+def box_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor) -> th.Tensor:
+    """
+    Where the box-aware target takes the gradient: the mean of a_0 given a_t when Q is flat, always inside the box.
+
+    :param noisy_actions: a_t, shape (B, A)
+    :param alpha: share of the action that is left, shape (B, 1)
+    :param sigma: standard deviation of the noise, shape (B, 1)
+    :return: actions, shape (B, A)
+    """
+    return truncated_normal_mean(noisy_actions / alpha, sigma / alpha)
+
+
+def box_target(
+    noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, q_grad: th.Tensor, ent_coef: th.Tensor
+) -> th.Tensor:
+    """
+    Posterior mean of the clean action on the box, with Q to first order (derived in docs/algorithm.md).
+
+    exp(g a_0 / lambda) N(a_0; a_t / alpha, r^2) is a normal moved by r^2 g / lambda, truncated to the box; r = sigma / alpha.
+    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy.
+
+    :param noisy_actions: a_t, shape (B, A)
+    :param alpha: share of the action that is left, shape (B, 1)
+    :param sigma: standard deviation of the noise, shape (B, 1)
+    :param q_grad: dQ/da at :func:`box_gradient_point`, shape (B, A)
+    :param ent_coef: temperature lambda, shape ()
+    :return: clean actions, in [-1, 1], shape (B, A)
+    """
+    ratio = sigma / alpha
+    return truncated_normal_mean(noisy_actions / alpha + ratio**2 * q_grad / ent_coef, ratio)
+
+
+class ScoreTarget(NamedTuple):
+    """A point at which to take the gradient of Q, and the clean action to regress on."""
+
+    gradient_point: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+    target: Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+
+
+SCORE_TARGETS = {
+    "box": ScoreTarget(box_gradient_point, box_target),
+    "published": ScoreTarget(published_gradient_point, published_target),
+}
+
+
+def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:
+    """
+    Squared error of the predicted clean action in units of ``scale``, summed over action dimensions.
+
+    With scale = sigma / alpha this is the squared error of the predicted noise.
+
+    :param prediction: denoised actions, shape (B, A)
+    :param target: actions to regress on, shape (B, A)
+    :param scale: unit of the error for each sample, shape (B, 1)
+    :return: mean over the batch, shape ()
+    :raises ValueError: if ``prediction`` and ``target`` differ in shape (they would broadcast silently)
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction and target must have one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}")
+    return (((prediction - target) / scale) ** 2).sum(dim=1).mean()
+
+
+def box_entropy(slope: th.Tensor) -> th.Tensor:
+    """
+    Differential entropy of the density proportional to exp(slope * a) on [-1, 1].
+
+    :param slope: |dQ/da| / lambda, any shape
+    :return: entropy in nats, log(2) for a flat Q, falling like 1 - log(slope) for a steep one; shape of ``slope``
+    """
+    slope = slope.abs().clamp(min=1e-4)
+    mass = -th.expm1(-2 * slope)
+    return th.log(mass / slope) + 1 - 2 * slope * th.exp(-2 * slope) / mass

@@ -1,0 +1,361 @@
+"""
+The diffusion policy in SB3's form: a denoising actor, twin critics and their targets.
+
+Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actions are in [-1, 1].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+    create_mlp,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_qsm.networks import PRECONDITIONINGS, Denoiser, MLPDenoiser, Preconditioning
+from sb3_qsm.samplers import SAMPLERS, DenoiseFn
+from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule
+
+
+def lookup(argument: str, value: Any, choices: dict[str, Any]) -> Any:
+    """
+    The choice that goes by a name; a callable stands for itself.
+
+    :param argument: name of the argument, for the error
+    :param value: a key of ``choices``, or a callable
+    :param choices: what can be chosen
+    :return: the choice
+    :raises ValueError: if ``value`` is neither
+    """
+    if callable(value):
+        return value
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{argument} must be one of {sorted(choices)}, got {value!r}")
+    return choices[value]
+
+
+class DiffusionActor(BasePolicy):
+    """
+    Actor network of QSM: denoises random numbers into an action, given the observation.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param net_arch: Units of each hidden layer of the denoiser
+    :param features_extractor: Network to extract features
+    :param features_dim: Number of features
+    :param normalize_images: Whether to divide images by 255.0
+    :param n_diffusion_steps: Number of denoising steps T
+    :param beta_schedule: Noise levels: "box", "cosine", "linear", "vp", or a function from T to betas of shape (T,)
+    :param sampler: Reverse chain: "ddpm", "ddim", "running_clip", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
+    :param preconditioning: What the network predicts: "edm", "noise", or a function from alpha and sigma to coefficients
+    :param denoiser_class: Network to use, see :class:`~sb3_qsm.networks.Denoiser`
+    :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
+    :raises ValueError: for a number of steps below 1, and for unknown names
+    """
+
+    action_space: spaces.Box
+    c_skip: th.Tensor
+    c_out: th.Tensor
+    c_in: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        features_extractor: nn.Module,
+        features_dim: int,
+        normalize_images: bool = True,
+        n_diffusion_steps: int = 6,
+        beta_schedule: str | Callable[[int], th.Tensor] = "box",
+        sampler: str | Callable[..., th.Tensor] = "ddpm",
+        preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
+        denoiser_class: type[Denoiser] = MLPDenoiser,
+        denoiser_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor=features_extractor,  # type: ignore[arg-type]
+            normalize_images=normalize_images,
+            squash_output=True,
+        )
+        if not isinstance(n_diffusion_steps, int) or n_diffusion_steps < 1:
+            raise ValueError(f"n_diffusion_steps must be an integer of at least 1, got {n_diffusion_steps!r}")
+        self.net_arch = net_arch
+        self.features_dim = features_dim
+        self.diffusion_kwargs = dict(
+            n_diffusion_steps=n_diffusion_steps,
+            beta_schedule=beta_schedule,
+            sampler=sampler,
+            preconditioning=preconditioning,
+            denoiser_class=denoiser_class,
+            denoiser_kwargs=denoiser_kwargs,
+        )
+        self.action_dim = get_action_dim(action_space)
+        self.sampler = lookup("sampler", sampler, SAMPLERS)
+        self.noise_schedule = NoiseSchedule(lookup("beta_schedule", beta_schedule, BETA_SCHEDULES)(n_diffusion_steps))
+        coefficients = lookup("preconditioning", preconditioning, PRECONDITIONINGS)(
+            self.noise_schedule.alpha, self.noise_schedule.sigma
+        )
+        for name, values in coefficients._asdict().items():
+            self.register_buffer(name, values, persistent=False)
+        # As python floats for the chain, which would spend its time on indexing
+        self.coefficients = list(zip(*(values.tolist() for values in coefficients), strict=True))
+        self.denoiser = denoiser_class(
+            features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {})
+        )
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            features_dim=self.features_dim,
+            features_extractor=self.features_extractor,
+            **self.diffusion_kwargs,
+        )
+        return data
+
+    def denoise(self, obs: PyTorchObs, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
+        """
+        The clean actions that the network sees in noisy ones.
+
+        :param obs: observations
+        :param noisy_actions: scaled noisy actions, shape (B, A)
+        :param t: level of each sample, shape (B,)
+        :return: clean actions, not clipped, shape (B, A)
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        output = self.denoiser(features, self.c_in[t, None] * noisy_actions, t)
+        return self.c_skip[t, None] * noisy_actions + self.c_out[t, None] * output
+
+    def denoise_fn(self, obs: PyTorchObs) -> DenoiseFn:
+        """
+        :meth:`denoise` for one chain: the observations' share of the work is done once.
+
+        :param obs: observations
+        :return: (x_t of shape (B, A), level t) -> clean actions of shape (B, A)
+        """
+        predict = self.denoiser.condition(self.extract_features(obs, self.features_extractor))
+
+        def denoise(x_t: th.Tensor, t: int) -> th.Tensor:
+            c_skip, c_out, c_in = self.coefficients[t]
+            return c_skip * x_t + c_out * predict(c_in * x_t, t)
+
+        return denoise
+
+    def sample(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+        """
+        Run the reverse chain with the noise given: a pure function of weights, observation and noise.
+
+        :param obs: observations
+        :param noise: start of the chain and noise of each step, standard normal, shape (1 + T, B, A)
+        :return: scaled actions, shape (B, A)
+        """
+        return self.sampler(self.denoise_fn(obs), self.noise_schedule, noise[0], noise[1:])
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """
+        Draw actions. Deterministic means no noise at all, from the start of the chain on: one typical action, which is
+        neither the mean nor, with several modes, always the best.
+
+        :param obs: observations
+        :param deterministic: whether to leave out all noise
+        :return: scaled actions, shape (B, A)
+        """
+        batch_size = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+        shape = (1 + self.noise_schedule.n_steps, batch_size, self.action_dim)
+        draw = th.zeros if deterministic else th.randn
+        return self.sample(obs, draw(shape, device=self.device))
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self(observation, deterministic)
+
+
+class DiffusionPolicy(BasePolicy):
+    """
+    Policy class (with both actor and critic) for QSM.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule (could be constant)
+    :param net_arch: The specification of the denoiser and value networks, a list or ``dict(pi=[...], qf=[...])``
+    :param activation_fn: Activation function of the critics (the denoiser's is in ``denoiser_kwargs``)
+    :param features_extractor_class: Features extractor to use.
+    :param features_extractor_kwargs: Keyword arguments for the features extractor
+    :param normalize_images: Whether to divide images by 255.0
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer;
+        ``dict(fused=True)`` if left out for Adam
+    :param n_critics: Number of critic networks to create.
+    :param share_features_extractor: Whether to share the features extractor between the actor and the critic
+    :param layer_norm: Whether the critics normalise each hidden layer
+    :param n_diffusion_steps: Number of denoising steps T
+    :param beta_schedule: Noise levels, see :class:`DiffusionActor`
+    :param sampler: Reverse chain, see :class:`DiffusionActor`
+    :param preconditioning: What the denoiser predicts, see :class:`DiffusionActor`
+    :param denoiser_class: Network to use, see :class:`~sb3_qsm.networks.Denoiser`
+    :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
+    """
+
+    actor: DiffusionActor
+    critic: ContinuousCritic
+    critic_target: ContinuousCritic
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.SiLU,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        n_critics: int = 2,
+        share_features_extractor: bool = False,
+        layer_norm: bool = False,
+        n_diffusion_steps: int = 6,
+        beta_schedule: str | Callable[[int], th.Tensor] = "box",
+        sampler: str | Callable[..., th.Tensor] = "ddpm",
+        preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
+        denoiser_class: type[Denoiser] = MLPDenoiser,
+        denoiser_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
+            optimizer_kwargs = dict(fused=True)  # a third of the time of the loop over parameters, same result
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+            normalize_images=normalize_images,
+        )
+        self.net_arch = [256, 256] if net_arch is None else net_arch
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        net_args: dict[str, Any] = dict(
+            observation_space=observation_space, action_space=action_space, normalize_images=normalize_images
+        )
+        self.diffusion_kwargs = dict(
+            n_diffusion_steps=n_diffusion_steps,
+            beta_schedule=beta_schedule,
+            sampler=sampler,
+            preconditioning=preconditioning,
+            denoiser_class=denoiser_class,
+            denoiser_kwargs=denoiser_kwargs,
+        )
+        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **self.diffusion_kwargs)
+        self.critic_kwargs = dict(
+            net_args,
+            net_arch=critic_arch,
+            activation_fn=activation_fn,
+            n_critics=n_critics,
+            share_features_extractor=share_features_extractor,
+        )
+        self.layer_norm = layer_norm
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        self.actor = self.make_actor()
+        share = self.critic_kwargs["share_features_extractor"]
+        self.critic = self.make_critic(self.actor.features_extractor if share else None)
+        self.critic_target = self.make_critic()
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.set_training_mode(False)
+
+        # A shared features extractor learns from the actor's loss only
+        critic_parameters = [
+            parameter for name, parameter in self.critic.named_parameters() if not (share and "features_extractor" in name)
+        ]
+        learning_rate = lr_schedule(1)
+        self.actor.optimizer = self.optimizer_class(self.actor.parameters(), lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+        self.critic.optimizer = self.optimizer_class(critic_parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            net_arch=self.net_arch,
+            activation_fn=self.critic_kwargs["activation_fn"],
+            n_critics=self.critic_kwargs["n_critics"],
+            share_features_extractor=self.critic_kwargs["share_features_extractor"],
+            layer_norm=self.layer_norm,
+            lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            **self.diffusion_kwargs,
+        )
+        return data
+
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
+        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ContinuousCritic:
+        critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
+        return LayerNormCritic(**critic_kwargs).to(self.device) if self.layer_norm else ContinuousCritic(**critic_kwargs).to(self.device)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic=deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.actor(observation, deterministic)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Put the policy in either training or evaluation mode; the target critic always stays in evaluation mode.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        """
+        self.actor.set_training_mode(mode)
+        self.critic.set_training_mode(mode)
+        self.training = mode
+
+
+class LayerNormCritic(ContinuousCritic):
+    """SB3's twin critics with layer normalisation before each activation; parameters as there."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
+        self.q_networks = []
+        for index in range(self.n_critics):
+            layers = create_mlp(
+                input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[nn.LayerNorm]
+            )
+            self.q_networks.append(nn.Sequential(*layers))
+            setattr(self, f"qf{index}", self.q_networks[-1])
+
+
+MlpPolicy = DiffusionPolicy
+
+
+class CnnPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` for images: the default features extractor is :class:`NatureCNN`."""
+
+    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+
+
+class MultiInputPolicy(DiffusionPolicy):
+    """:class:`DiffusionPolicy` for dictionaries: the default features extractor is :class:`CombinedExtractor`."""
+
+    def __init__(
+        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)

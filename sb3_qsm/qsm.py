@@ -1,0 +1,354 @@
+"""
+Q-score matching as an SB3 off-policy algorithm.
+"""
+
+import io
+import math
+import pathlib
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
+from torch.nn import functional as F
+
+from sb3_qsm.losses import SCORE_TARGETS, action_gradient, box_entropy, score_matching_loss
+from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, lookup
+from sb3_qsm.temperature import Temperature, make_temperature
+
+SelfQSM = TypeVar("SelfQSM", bound="QSM")
+
+# Accepted type, smallest and largest value of each number that the constructor takes
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "buffer_size": (Integral, 1, math.inf),
+    "learning_starts": (Integral, 0, math.inf),
+    "batch_size": (Integral, 1, math.inf),
+    "tau": (Real, 0, 1),
+    "gamma": (Real, 0, 1),
+    "gradient_steps": (Integral, -1, math.inf),
+    "n_steps": (Integral, 1, math.inf),
+    "target_update_interval": (Integral, 1, math.inf),
+    "target_policy_noise": (Real, 0, math.inf),
+    "actor_lr_decay_updates": (Real, 1, math.inf),
+    "stats_window_size": (Integral, 1, math.inf),
+}
+
+
+class QSM(OffPolicyAlgorithm):
+    """
+    Q-score matching: a diffusion policy whose score follows the action gradient of Q.
+
+    Paper: https://arxiv.org/abs/2312.11752 (Psenka, Escontrela, Abbeel and Ma, ICML 2024). The default target is the
+    box-aware closed form derived in ``docs/algorithm.md``; ``score_target="published"`` is the paper's.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: learning rate of actor and critic, a number or a function of the remaining progress (from 1 to 0)
+    :param buffer_size: size of the replay buffer
+    :param learning_starts: how many steps of the model to collect transitions for before learning starts
+    :param batch_size: Minibatch size for each gradient update
+    :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
+    :param gamma: the discount factor
+    :param train_freq: Update the model every ``train_freq`` steps, or a tuple such as ``(5, "step")`` or ``(2, "episode")``
+    :param gradient_steps: How many gradient steps to do after each rollout; ``-1`` for as many as steps in the environments
+    :param action_noise: noise added to the sampled action (None by default: the policy explores by itself)
+    :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
+    :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
+    :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
+    :param n_steps: number of steps of the return before the bootstrap
+    :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
+        or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
+    :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
+    :param target_entropy: entropy to hold when learning ``ent_coef``, in nats; ``"auto"`` is minus the action dimension
+    :param score_target: what the denoiser regresses on: "box", "published"
+    :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target
+    :param actor_lr_decay_updates: cosine-decay the actor's learning rate to zero over that many updates; never by default
+    :param stats_window_size: Window size for the rollout logging, in episodes
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments for the policy, see :class:`~sb3_qsm.policies.DiffusionPolicy`
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: for an argument out of its range; the message names the argument, its value and the range
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: DiffusionPolicy
+    actor: DiffusionActor
+    critic: ContinuousCritic
+    critic_target: ContinuousCritic
+    temperature: Temperature
+
+    def __init__(
+        self,
+        policy: str | type[DiffusionPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        ent_coef: str | float = "auto",
+        target_update_interval: int = 1,
+        target_entropy: str | float = "auto",
+        score_target: str = "box",
+        target_policy_noise: float = 0.0,
+        actor_lr_decay_updates: float = math.inf,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+        )
+        self.ent_coef = ent_coef
+        self.target_update_interval = target_update_interval
+        self.target_entropy = target_entropy
+        self.score_target = score_target
+        self.target_policy_noise = target_policy_noise
+        self.actor_lr_decay_updates = actor_lr_decay_updates
+        if _init_setup_model:
+            self._setup_model()
+
+    def _setup_model(self) -> None:
+        self._check_numbers()
+        self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
+        super()._setup_model()
+        self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
+        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
+
+    def _check_numbers(self) -> None:
+        """
+        :raises ValueError: for the first number out of its range
+        """
+        numbers = {name: (getattr(self, name), *limits) for name, limits in NUMBERS.items() if hasattr(self, name)}
+        if not callable(self.learning_rate):
+            numbers["learning_rate"] = (self.learning_rate, Real, 0, math.inf)
+        for name, (value, kind, low, high) in numbers.items():
+            if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
+                raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        self.policy.set_training_mode(True)
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        decay = 0.5 * (1 + math.cos(math.pi * min(1, self._n_updates / self.actor_lr_decay_updates)))
+        for group in self.actor.optimizer.param_groups:
+            group["lr"] *= decay
+
+        for _ in range(gradient_steps):
+            replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
+
+            self._optimize("critic_loss", self._critic_loss(replay_data), self.critic.optimizer)
+            self._optimize("actor_loss", self._actor_loss(replay_data), self.actor.optimizer)
+
+            self._n_updates += 1
+            if self._n_updates % self.target_update_interval == 0:
+                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                # Copy running stats last, dQ/da moves them; see SB3 issue #996
+                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        """
+        One step of an optimizer; a loss that is not finite stops the run before it reaches the weights.
+
+        :param name: name of the loss
+        :param loss: shape ()
+        :param optimizer: optimizer of the parameters to change
+        """
+        value = loss.item()
+        check_finite(name, value, self.num_timesteps)
+        self.logger.record_mean(f"train/{name}", value)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+        """
+        Temporal-difference error of all critics against the smallest target critic at a sampled next action.
+
+        :param replay_data: batch of transitions
+        :return: sum over critics of the mean squared error, shape ()
+        """
+        discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
+        with th.no_grad():
+            next_actions = self.actor(replay_data.next_observations)
+            noise = self.target_policy_noise * th.randn_like(next_actions)
+            next_actions = (next_actions + noise).clamp(-1, 1)
+            next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
+            next_q_values = next_q_values.min(dim=1, keepdim=True).values
+            target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
+        q_values = self.critic(replay_data.observations, replay_data.actions)
+        return sum(F.mse_loss(q_value, target_q_values) for q_value in q_values)  # type: ignore[return-value]
+
+    def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+        """
+        Q-score matching at noised replay actions, and one step of the temperature.
+
+        :param replay_data: batch of transitions
+        :return: squared error of the denoised action in units of the network's output, shape ()
+        """
+        schedule, observations = self.actor.noise_schedule, replay_data.observations
+        t = th.randint(schedule.n_steps, (len(replay_data.actions),), device=self.device)
+        noisy_actions = schedule.add_noise(replay_data.actions, th.randn_like(replay_data.actions), t)
+        alpha, sigma = schedule.alpha[t, None], schedule.sigma[t, None]
+
+        gradient_point = self._score_target.gradient_point(noisy_actions, alpha, sigma)
+        q_grad = action_gradient(lambda actions: self._mean_q(observations, actions), gradient_point)
+        ent_coef = self.temperature.value()
+        target = self._score_target.target(noisy_actions, alpha, sigma, q_grad, ent_coef)
+
+        entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
+        self.logger.record_mean("train/ent_coef_loss", self.temperature.update(entropy))
+        self.logger.record_mean("train/ent_coef", ent_coef.item())
+        self.logger.record_mean("train/entropy", entropy.item())
+        self.logger.record_mean("train/q_grad", q_grad.abs().mean().item())
+        return score_matching_loss(self.actor.denoise(observations, noisy_actions, t), target, self.actor.c_out[t, None])
+
+    def _mean_q(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param observations: observations
+        :param actions: scaled actions, shape (B, A)
+        :return: mean of the online critics, shape (B, 1)
+        """
+        return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: np.ndarray | dict[str, np.ndarray],
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        terminal_obs = [info["terminal_observation"] for info in infos if info.get("terminal_observation") is not None]
+        for name, value in [("observation", self._last_obs), ("reward", reward), ("action", buffer_action)]:
+            check_finite(name, value, self.num_timesteps)
+        for value in [new_obs, *terminal_obs]:
+            check_finite("observation", value, self.num_timesteps)
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def dump_logs(self) -> None:
+        """
+        Write log data, with the spread of the actions that the policy draws for the present observation.
+        """
+        observations, _ = self.policy.obs_to_tensor(self._last_obs)  # type: ignore[arg-type]
+        if isinstance(observations, dict):
+            observations = {key: value[:1].expand(32, *value.shape[1:]) for key, value in observations.items()}
+        else:
+            observations = observations[:1].expand(32, *observations.shape[1:])
+        # A generator of its own: how often one logs must not change what is learnt
+        generator = th.Generator().manual_seed(0)
+        noise = th.randn(self.actor.noise_schedule.n_steps + 1, 32, self.actor.action_dim, generator=generator)
+        self.policy.set_training_mode(False)
+        with th.no_grad():
+            actions = self.actor.sample(observations, noise.to(self.device))
+        self.logger.record("train/action_std", actions.std(dim=0).mean().item())
+        self.logger.record("train/saturation", (actions.abs() > 0.99).float().mean().item())
+        super().dump_logs()
+
+    def learn(
+        self: SelfQSM,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "QSM",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfQSM:
+        return super().learn(
+            total_timesteps=int(total_timesteps),  # 1e6 is a float
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save the model in a zip-file, as in SB3; a broken model is refused, so that it never replaces a good file.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        :raises ValueError: if a weight is not finite
+        """
+        for name, weight in self.policy.state_dict().items():
+            check_finite(f"weight {name}", weight.cpu().numpy(), self.num_timesteps)
+        super().save(path, exclude, include)
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_score_target"]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        state_dicts = ["policy", "actor.optimizer", "critic.optimizer", "temperature", *self.temperature.optimizer_names]
+        return state_dicts, []
+
+
+def check_finite(name: str, value: Any, num_timesteps: int) -> None:
+    """
+    :param name: what is checked
+    :param value: a number, an array, or a dictionary of arrays
+    :param num_timesteps: when, in environment steps
+    :raises ValueError: if ``value`` holds a NaN or an infinite number
+    """
+    for array in value.values() if isinstance(value, dict) else [value]:
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite, got {array} after {num_timesteps} steps: training stops here")

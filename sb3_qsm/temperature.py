@@ -1,0 +1,90 @@
+"""
+Temperature lambda of the policy exp(Q / lambda): fixed, or adapted to an entropy target.
+"""
+
+import math
+from typing import ClassVar
+
+import torch as th
+from torch import nn
+
+
+class Temperature(nn.Module):
+    """
+    A constant temperature.
+
+    :param ent_coef: the temperature, positive
+    """
+
+    log_ent_coef: th.Tensor
+    optimizer_names: ClassVar[list[str]] = []
+
+    def __init__(self, ent_coef: float) -> None:
+        super().__init__()
+        self.log_ent_coef = nn.Parameter(th.tensor(math.log(ent_coef)), requires_grad=False)
+
+    def value(self) -> th.Tensor:
+        """
+        :return: the temperature, shape ()
+        """
+        return self.log_ent_coef.detach().exp()
+
+    def update(self, entropy: th.Tensor) -> float:
+        """
+        :param entropy: estimate of the policy's entropy in nats, shape ()
+        :return: loss of the temperature, as SAC logs it
+        """
+        return 0.0
+
+
+class AutoTemperature(Temperature):
+    """
+    A temperature that falls while the entropy is above its target and rises while it is below.
+
+    :param ent_coef: initial temperature, positive
+    :param target_entropy: wanted entropy of the policy in nats
+    :param learning_rate: step of Adam on log lambda; ten times the networks', since the estimate of the entropy
+        follows the temperature at once
+    """
+
+    optimizer_names: ClassVar[list[str]] = ["temperature.optimizer"]
+
+    def __init__(self, ent_coef: float, target_entropy: float, learning_rate: float = 3e-3) -> None:
+        super().__init__(ent_coef)
+        self.target_entropy = target_entropy
+        self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+
+    def update(self, entropy: th.Tensor) -> float:
+        gap = (entropy - self.target_entropy).detach()
+        loss = (self.log_ent_coef * gap).item()
+        self.log_ent_coef.grad = gap
+        self.optimizer.step()
+        return loss
+
+
+def make_temperature(ent_coef: str | float, target_entropy: str | float, action_dim: int) -> Temperature:
+    """
+    The temperature that goes with SAC's two arguments.
+
+    :param ent_coef: a positive number, "auto", or "auto_0.1" for another start than 1
+    :param target_entropy: a number in nats, or "auto" for minus the action dimension
+    :param action_dim: number of action dimensions A
+    :return: temperature
+    :raises ValueError: for anything else
+    """
+    automatic = isinstance(ent_coef, str) and (ent_coef == "auto" or ent_coef.startswith("auto_"))
+    start = _number(str(ent_coef).removeprefix("auto").removeprefix("_") or 1.0 if automatic else ent_coef)
+    if not 0 < start < math.inf:
+        raise ValueError(f'ent_coef must be a positive number, "auto" or "auto_<positive number>", got {ent_coef!r}')
+    wanted = _number(-action_dim if target_entropy == "auto" else target_entropy)
+    if not math.isfinite(wanted):
+        raise ValueError(f'target_entropy must be a number or "auto", got {target_entropy!r}')
+    return AutoTemperature(start, wanted) if automatic else Temperature(start)
+
+
+def _number(value: str | float) -> float:
+    """The number that ``value`` stands for, NaN if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -123,19 +123,19 @@ SCORE_TARGETS = {
 
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:
     """
-    Squared error of the predicted clean action in units of ``scale``, summed over action dimensions.
+    Squared error of the predicted clean action in units of ``scale``.
 
     With scale = sigma / alpha this is the squared error of the predicted noise.
 
     :param prediction: denoised actions, shape (B, A)
     :param target: actions to regress on, shape (B, A)
     :param scale: unit of the error for each sample, shape (B, 1)
-    :return: mean over the batch, shape ()
+    :return: mean over the batch and the action dimensions, shape ()
     :raises ValueError: if ``prediction`` and ``target`` differ in shape (they would broadcast silently)
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction and target must have one shape, got {tuple(prediction.shape)} and {tuple(target.shape)}")
-    return (((prediction - target) / scale) ** 2).sum(dim=1).mean()
+    return (((prediction - target) / scale) ** 2).mean()
 
 
 def box_entropy(slope: th.Tensor) -> th.Tensor:

@@ -1,0 +1,59 @@
+# The two that matter: `make train` and `make test`. Both set up .venv by themselves.
+SHELL = /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+ENV ?= InvertedDoublePendulum-v5
+STEPS ?= 15000
+EVAL_FREQ ?= $(shell echo $$(( ($(STEPS) + 19) / 20 )))
+ARGS ?=
+
+SUITE ?= sb3
+
+LINT_PATHS = sb3_qsm tests examples benchmarks
+
+export PYTHONHASHSEED = 0
+
+train: $(VENV)/.zoo
+	$(BIN)/python -m sb3_qsm.zoo train --algo qsm --env $(ENV) -n $(STEPS) --eval-freq $(EVAL_FREQ) \
+		--tensorboard-log logs/tensorboard --progress $(ARGS)
+	$(BIN)/python -m sb3_qsm.zoo plot logs
+
+test pytest: $(VENV)/.tests
+	$(BIN)/python -m pytest -m "not expensive" $(ARGS)
+
+conformance: $(VENV)/.tests
+	$(BIN)/python tests/conformance/run.py --suite $(SUITE) $(ARGS)
+
+type: $(VENV)/.tests
+	$(BIN)/mypy sb3_qsm
+
+lint: $(VENV)/.tests
+	$(BIN)/ruff check $(LINT_PATHS)
+
+format: $(VENV)/.tests
+	$(BIN)/ruff check --select I --fix $(LINT_PATHS)
+	$(BIN)/ruff format $(LINT_PATHS)
+
+check-codestyle: $(VENV)/.tests
+	$(BIN)/ruff check --select I $(LINT_PATHS)
+	$(BIN)/ruff format --check $(LINT_PATHS)
+
+commit-checks: format type lint
+
+doc: $(VENV)/.docs
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+venv: $(VENV)/.tests
+
+# One stamp for each set of extras, made anew when a dependency changes
+$(VENV)/.%: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache
+
+.PHONY: train test pytest conformance type lint format check-codestyle commit-checks doc venv clean

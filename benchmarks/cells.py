@@ -1,0 +1,241 @@
+"""One cell of the matrix: train one algorithm on one task from one seed, and leave a whole result or none."""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from filelock import FileLock
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+
+from benchmarks.algorithms import algorithm_class
+from benchmarks.suites import NOISE, Cell, read_policy_kwargs
+
+EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start states for every algorithm and every evaluation
+PACKAGES = ("sb3_qsm", "stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")
+
+
+def make_env(task: str) -> gym.Env:
+    """
+    :param task: environment id
+    :return: the environment, with dictionaries of numbers (dm_control) flattened
+    """
+    env = gym.make(task)
+    return gym.wrappers.FlattenObservation(env) if isinstance(env.observation_space, gym.spaces.Dict) else env
+
+
+def make_model(cell: Cell) -> OffPolicyAlgorithm:
+    """
+    :param cell: what to train
+    :return: the untrained model with its training environment, built as rl-zoo builds it
+    """
+    kwargs = {key: value for key, value in cell.hyperparams.items() if key != "n_timesteps"}
+    env = make_vec_env(lambda: make_env(cell.task), n_envs=kwargs.pop("n_envs", 1))
+    if "policy_kwargs" in kwargs:
+        kwargs["policy_kwargs"] = read_policy_kwargs(kwargs)
+    noise, sigma = kwargs.pop("noise_type", None), np.full(env.action_space.shape, kwargs.pop("noise_std", 0.0))
+    if noise is not None:
+        kwargs["action_noise"] = NOISE[noise](np.zeros_like(sigma), sigma)
+    return algorithm_class(cell.algorithm)(env=env, seed=cell.seed, **kwargs)
+
+
+def evaluate(model: OffPolicyAlgorithm, envs: VecEnv, deterministic: bool) -> list[dict[str, Any]]:
+    """
+    One episode in each environment, from the same start states at every call. Leaves the random numbers of the
+    training as they were, so that evaluating more often does not change what is learnt.
+
+    :param model: trained model
+    :param envs: as many environments as episodes are wanted
+    :param deterministic: passed to ``model.predict``
+    :return: the last ``info`` of each episode; ``info["episode"]["r"]`` is its return
+    """
+    ends: dict[int, dict[str, Any]] = {}
+
+    def note_end(local: dict[str, Any], _: dict[str, Any]) -> None:
+        if local["done"]:
+            ends[local["i"]] = local["info"]
+
+    with th.random.fork_rng():
+        th.manual_seed(EVALUATION_SEED)
+        envs.seed(EVALUATION_SEED)
+        evaluate_policy(model, envs, n_eval_episodes=envs.num_envs, deterministic=deterministic, callback=note_end)
+    return [ends[i] for i in range(envs.num_envs)]
+
+
+class Recorder(BaseCallback):
+    """
+    Evaluate every ``eval_freq`` steps and write it down; say once a second how far the training is.
+
+    :param cell: the cell in training
+    :param folder: folder of the result
+    """
+
+    def __init__(self, cell: Cell, folder: Path) -> None:
+        super().__init__()
+        self.cell = cell
+        self.envs = make_vec_env(lambda: make_env(cell.task), n_envs=cell.n_eval_episodes)
+        self.file = open(folder / "evaluations.csv", "w", newline="")
+        self.start = time.perf_counter()
+        self.evaluation_s = self.last_report = 0.0
+        self.next_evaluation = 0
+        self.mean_return = float("nan")
+
+    @property
+    def training_s(self) -> float:
+        """Seconds since the start without those spent in evaluation."""
+        return time.perf_counter() - self.start - self.evaluation_s
+
+    def _on_training_start(self) -> None:
+        self._evaluate()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= min(self.next_evaluation, self.cell.n_timesteps):
+            self._evaluate()
+        if time.perf_counter() - self.last_report > 1.0:
+            self._report()
+        return True
+
+    def _on_training_end(self) -> None:
+        self._report()
+        self.file.close()
+
+    def _report(self) -> None:
+        self.last_report = time.perf_counter()
+        try:
+            print("progress", self.num_timesteps, self.mean_return, self.num_timesteps / self.training_s, flush=True)
+        except BrokenPipeError:  # the runner was killed: leave the cell to its successor
+            os._exit(1)
+
+    def _evaluate(self) -> None:
+        start, training_s = time.perf_counter(), self.training_s
+        for mode in ("sampled", "deterministic"):
+            ends = evaluate(self.model, self.envs, deterministic=mode == "deterministic")
+            returns = {f"return_{i}": end["episode"]["r"] for i, end in enumerate(ends)}
+            outcomes = {f"outcome_{i}": end["outcome"] for i, end in enumerate(ends) if "outcome" in end}
+            row = {"step": self.num_timesteps, "training_s": round(training_s, 2), "mode": mode, **returns, **outcomes}
+            writer = csv.DictWriter(self.file, row)
+            if self.file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+            self.mean_return = float(np.mean(list(returns.values())))
+        self.file.flush()
+        self.model.dump_logs()
+        self.next_evaluation += self.cell.eval_freq
+        self.evaluation_s += time.perf_counter() - start
+
+
+def git_revision() -> str:
+    """The commit of this checkout, with ``-dirty`` if a tracked file differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge a wall-clock time."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    gpu = th.cuda.get_device_name() if th.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "gpu": gpu, "os": platform.platform(), "threads": th.get_num_threads()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def train(cell: Cell, folder: Path, revision: str) -> None:
+    """
+    :param cell: what to train
+    :param folder: existing folder for the files of the result
+    :param revision: git revision to note
+    """
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    model = make_model(cell)
+    model.set_logger(configure(str(folder), ["csv"]))
+    recorder = Recorder(cell, folder)
+    model.learn(cell.n_timesteps, callback=recorder, log_interval=None)
+    training_s, evaluation_s = recorder.training_s, recorder.evaluation_s
+    model.logger.close()
+    model.save(folder / "model")
+    (folder / "progress.csv").rename(folder / "training.csv")
+    meta = {
+        "cell": asdict(cell),
+        "command": " ".join(cell.command()),
+        "git_revision": revision,
+        "started": started,
+        "training_s": round(training_s, 1),
+        "evaluation_s": round(evaluation_s, 1),
+        "steps_per_s": round(cell.n_timesteps / training_s, 2),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)),
+        "device": str(model.device),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def publish(files: Path, folder: Path) -> None:
+    """
+    Move a complete folder to its final name in one step. ``meta.json`` in it says that the cell is finished.
+
+    :param files: complete folder on the same disk
+    :param folder: final name; what an earlier failure left there is replaced
+    """
+    for path in [*files.iterdir(), files]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(files, folder)
+
+
+def run_cell(cell: Cell, out: Path, revision: str | None = None) -> bool:
+    """
+    Train a cell unless its result is there. A killed process leaves only a temporary folder, which the next one clears.
+
+    :param cell: what to train
+    :param out: results folder
+    :param revision: git revision to note; None asks git
+    :return: whether the result is there now; if not, ``error.txt`` in the cell's folder says why
+    """
+    folder = out / cell.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The lock dies with its process. Whoever comes second waits, then finds the result.
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if cell.is_finished(out):
+            return True
+        files = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(files, ignore_errors=True)
+        files.mkdir()
+        try:
+            th.set_num_threads(1)
+            train(cell, files, revision or git_revision())
+        except Exception:
+            (files / "error.txt").write_text(traceback.format_exc())
+        publish(files, folder)
+    return cell.is_finished(out)

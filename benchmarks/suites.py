@@ -1,0 +1,167 @@
+"""From a suite file to a checked list of cells, so that nothing starts that cannot finish."""
+
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch.nn as nn
+import yaml
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
+
+import benchmarks.worlds  # noqa: F401  (registers its environments)
+from benchmarks.algorithms import ALGORITHMS, algorithm_class
+
+SUITES = Path(__file__).parent / "suites"
+SUITE_KEYS = ("n_timesteps", "eval_freq", "n_eval_episodes", "seeds", "tasks", "algorithms")
+NOISE: dict[str, type[ActionNoise]] = {"normal": NormalActionNoise, "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise}
+# Keys of rl-zoo that are no constructor arguments. The suite sets n_timesteps: every algorithm gets the same budget.
+ZOO_KEYS = {"n_timesteps", "n_envs", "noise_type", "noise_std"}
+RUNNER_KEYS = {"self", "env", "seed", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One training run: everything that decides its numbers, apart from code and machine.
+
+    :param suite: name or path of the suite, as typed
+    :param task: environment id
+    :param algorithm: name in ``ALGORITHMS``, with or without a label
+    :param seed: seed of the training run; the evaluation has its own, the same for all
+    :param n_timesteps: environment steps of training
+    :param eval_freq: environment steps between two evaluations
+    :param n_eval_episodes: episodes per evaluation, for deterministic and for sampled actions each
+    :param hyperparams: rl-zoo hyperparameters as written in the file
+    """
+
+    suite: str
+    task: str
+    algorithm: str
+    seed: int
+    n_timesteps: int
+    eval_freq: int
+    n_eval_episodes: int
+    hyperparams: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where the result lies, relative to the results folder."""
+        return Path(Path(self.suite).stem, self.task.replace("/", "-"), self.algorithm, f"seed{self.seed}")
+
+    def command(self, python: str = "python") -> list[str]:
+        """The command that trains this cell alone."""
+        name = [self.suite, "--tasks", self.task, "--algos", self.algorithm, "--seeds", str(self.seed)]
+        return [python, "-m", "benchmarks", "cell", *name, "--steps", str(self.n_timesteps)]
+
+    def is_finished(self, out: Path) -> bool:
+        """
+        Whether ``out`` holds the result of this cell.
+
+        :param out: results folder
+        :raises ValueError: if it holds a result made with other settings, which must be neither mixed in nor lost
+        """
+        meta = out / self.folder / "meta.json"
+        if not meta.exists():
+            return False
+        wanted, found = json.loads(json.dumps(asdict(self))), json.loads(meta.read_text())["cell"]
+        for key in wanted.keys() - {"suite"}:
+            if wanted[key] != found[key]:
+                raise ValueError(
+                    f"{meta.parent} was made with {key} {found[key]!r}, not {wanted[key]!r}: "
+                    f"move it away or choose another --out"
+                )
+        return True
+
+
+def check_known(what: str, values: Iterable[Any], choices: Iterable[Any]) -> None:
+    """
+    :param what: what the values are, for the message
+    :param values: values to check
+    :param choices: valid values
+    :raises ValueError: for the first value that is not a choice
+    """
+    choices = list(choices)
+    for value in values:
+        if value not in choices:
+            raise ValueError(f"unknown {what} {value!r}, valid: {', '.join(map(str, choices))}")
+
+
+def check_hyperparams(algorithm: str, hyperparams: dict[str, Any]) -> None:
+    """
+    :param algorithm: name in ``ALGORITHMS``, with or without a label
+    :param hyperparams: rl-zoo hyperparameters
+    :raises ValueError: for an unknown key, policy, noise, or a ``policy_kwargs`` that cannot be read
+    """
+    cls = algorithm_class(algorithm)
+    check_known(
+        f"hyperparameter of {algorithm}",
+        hyperparams,
+        sorted((set(inspect.signature(cls).parameters) - RUNNER_KEYS) | ZOO_KEYS),
+    )
+    check_known(f"policy of {algorithm}", [hyperparams.get("policy")], cls.policy_aliases)
+    check_known(f"noise_type of {algorithm}", [hyperparams.get("noise_type", "normal")], NOISE)
+    read_policy_kwargs(hyperparams)
+
+
+def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param hyperparams: rl-zoo hyperparameters; ``policy_kwargs`` is Python text there, in which ``nn`` is torch.nn
+    :return: the value of ``policy_kwargs``
+    :raises ValueError: if the text cannot be evaluated
+    """
+    text = str(hyperparams.get("policy_kwargs", {}))
+    try:
+        return eval(text, {"nn": nn})
+    except Exception as error:
+        raise ValueError(f"policy_kwargs {text!r} cannot be read: {error}") from error
+
+
+def read_suite(suite: str) -> list[Cell]:
+    """
+    :param suite: name of a file in ``benchmarks/suites`` or path of a YAML file
+    :return: all its cells, seed by seed, so that an unfinished matrix can already be compared
+    :raises ValueError: for an unknown suite, key, algorithm, task or hyperparameter
+    """
+    file = Path(suite) if suite.endswith(".yml") else SUITES / f"{suite}.yml"
+    if not file.exists():
+        names = ", ".join(sorted(path.stem for path in SUITES.glob("*.yml")))
+        raise ValueError(f"unknown suite {suite!r}, valid: {names}, or the path of a .yml file")
+    content = yaml.safe_load(file.read_text())
+    check_known(f"key in {file.name}", content, SUITE_KEYS)
+    check_known(f"gap in {file.name}: nothing given for", set(SUITE_KEYS) - set(content), [])
+    if any(task.startswith("dm_control/") for task in content["tasks"]):
+        import shimmy  # noqa: F401  (registers dm_control)
+    check_known("task", content["tasks"], gym.registry)
+    cells = []
+    for algorithm, entries in content["algorithms"].items():
+        algorithm_class(algorithm)
+        if isinstance(entries, str):
+            entries = yaml.safe_load((file.parent / entries).read_text())
+        else:
+            check_known(f"task under {algorithm}", entries, ["default", *content["tasks"]])
+        for task in content["tasks"]:
+            check_known(f"hyperparameters of {algorithm} for", [] if "default" in entries else [task], entries)
+            hyperparams = entries.get(task, entries.get("default"))
+            check_hyperparams(algorithm, hyperparams)
+            numbers = (content["n_timesteps"], content["eval_freq"], content["n_eval_episodes"])
+            cells += [Cell(suite, task, algorithm, seed, *numbers, hyperparams) for seed in content["seeds"]]
+    order = content["tasks"]
+    return sorted(cells, key=lambda cell: (cell.seed, order.index(cell.task)))
+
+
+def select(cells: list[Cell], **chosen: list[Any] | None) -> list[Cell]:
+    """
+    :param cells: cells of a suite
+    :param chosen: for ``algorithm``, ``task``, ``seed``: the wanted values, or None for all
+    :return: the cells that match
+    :raises ValueError: for a value that the suite does not contain
+    """
+    for field, values in chosen.items():
+        if values is not None:
+            check_known(f"{field} in this suite", values, dict.fromkeys(getattr(cell, field) for cell in cells))
+            cells = [cell for cell in cells if getattr(cell, field) in values]
+    return cells

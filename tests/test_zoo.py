@@ -1,0 +1,126 @@
+"""The rl-zoo launcher: real, short runs."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch as th
+import yaml
+from torch import nn
+
+from sb3_qsm import QSM, zoo
+
+optuna = pytest.importorskip("optuna")
+pytest.importorskip("rl_zoo3")
+
+SHIPPED = sorted(zoo.HYPERPARAMS.glob("*.yml"))
+# rl_zoo3 takes these for itself
+ZOO_KEYS = {"n_timesteps", "env_wrapper", "noise_type", "noise_std"}
+
+
+def launch(*arguments: str) -> str:
+    """
+    :param arguments: command line of the launcher
+    :return: what it printed
+    """
+    command = [sys.executable, "-m", "sb3_qsm.zoo", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def test_train_enjoy_plot(tmp_path):
+    shrink = ["-params", "learning_starts:20", "batch_size:16", "buffer_size:1000"]
+    launch("train", "--env", "Pendulum-v1", "-n", "60", "--eval-freq", "30", "-f", str(tmp_path), "--progress", *shrink)
+    run = tmp_path / "qsm" / "Pendulum-v1_1"
+    assert (run / "Pendulum-v1.zip").is_file() and (run / "best_model.zip").is_file()
+    assert np.load(run / "evaluations.npz")["timesteps"].tolist() == [30, 60]
+    assert QSM.load(run / "Pendulum-v1.zip").batch_size == 16
+
+    printed = launch("enjoy", "--env", "Pendulum-v1", "-n", "200", "-f", str(tmp_path), "--no-render", "--device", "cpu")
+    assert "Episode Reward: " in printed
+
+    picture = run / "learning_curve.png"
+    assert zoo.plot([str(tmp_path)]) == picture and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_dm_control(tmp_path):
+    pytest.importorskip("dm_control")
+    shrink = ["-params", "learning_starts:20", "batch_size:16", "buffer_size:1000"]
+    env_id = "dm_control/cartpole-swingup-v0"
+    launch("train", "--env", env_id, "-n", "60", "--eval-freq", "-1", "-f", str(tmp_path), *shrink)
+    model = QSM.load(next(tmp_path.rglob("*.zip")))
+    # position (3 numbers) and velocity (2), flattened
+    assert model.observation_space.shape == (5,) and model._n_updates == 40
+
+
+def test_optimize(tmp_path):
+    storage = tmp_path / "journal.log"
+    arguments = ["-optimize", "--n-trials", "2", "--n-startup-trials", "2", "--n-evaluations", "1", "--no-optim-plots"]
+    arguments += ["--storage", str(storage), "--study-name", "qsm", "-params", "buffer_size:1000"]
+    launch("train", "--env", "Pendulum-v1", "-n", "120", "-f", str(tmp_path), *arguments)
+    study = optuna.load_study(
+        study_name="qsm", storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(storage)))
+    )
+    assert [trial.state for trial in study.trials] == [optuna.trial.TrialState.COMPLETE] * 2
+    QSM("MlpPolicy", "Pendulum-v1", **zoo.convert_qsm_params(study.trials[0].params))
+
+
+def test_converter_repeats_the_sampler():
+    trial = optuna.create_study().ask()
+    sampled = zoo.sample_qsm_params(trial, 1, 1, {"using_her_replay_buffer": False})
+    assert zoo.convert_qsm_params(trial.params) == sampled
+    assert {"beta_schedule", "n_diffusion_steps"} < set(sampled["policy_kwargs"])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_hyperparameters(path):
+    known = set(inspect.signature(QSM).parameters) | ZOO_KEYS
+    entries = yaml.safe_load(path.read_text())
+    assert "default" in entries
+    for env_id, hyperparams in entries.items():
+        assert set(hyperparams) <= known, env_id
+        assert ("env_wrapper" in hyperparams) == env_id.startswith("dm_control/"), env_id
+        arguments = {key: value for key, value in hyperparams.items() if key not in ZOO_KEYS}
+        if "policy_kwargs" in arguments:
+            arguments["policy_kwargs"] = eval(arguments["policy_kwargs"], {"nn": nn, "th": th})
+        QSM(env="Pendulum-v1", **arguments)
+
+
+def test_paper_configuration():
+    entries = yaml.safe_load((zoo.HYPERPARAMS / "paper.yml").read_text())
+    assert entries["default"]["ent_coef"] == pytest.approx(1 / 50)
+    assert entries["dm_control/walker-walk-v0"]["ent_coef"] == pytest.approx(1 / 50)
+    assert entries["dm_control/quadruped-walk-v0"]["ent_coef"] == pytest.approx(1 / 120)
+    assert entries["dm_control/humanoid-walk-v0"]["ent_coef"] == pytest.approx(1 / 120)
+    assert entries["dm_control/humanoid-walk-v0"]["score_target"] == "published"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, expected",
+    [
+        ("train", ["--env", "X"], ["--algo", "qsm", "--env", "X", "--conf-file", str(zoo.HYPERPARAMS / "qsm.yml")]),
+        ("train", ["-c", "paper"], ["--algo", "qsm", "--conf-file", str(zoo.HYPERPARAMS / "paper.yml")]),
+        ("train", ["--algo", "qsm", "-conf", "mine.yml"], ["--algo", "qsm", "--conf-file", "mine.yml"]),
+        ("train", ["--algo", "sac", "-n", "5"], ["--algo", "sac", "-n", "5"]),
+        ("enjoy", ["--env", "X"], ["--algo", "qsm", "--env", "X"]),
+    ],
+)
+def test_zoo_arguments(script, arguments, expected):
+    assert zoo.zoo_arguments(script, arguments) == expected
+
+
+def test_errors(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="script='fly' is unknown, choose one of train, enjoy, .*plot"):
+        zoo.main(["fly"])
+    with pytest.raises(ValueError, match="script='' is unknown"):
+        zoo.main([])
+    with pytest.raises(ValueError, match=r"folder='.*' holds no evaluations.npz"):
+        zoo.main(["plot", str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "rl_zoo3", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "sb3-qsm\[zoo\]"'):
+        zoo.main(["train"])

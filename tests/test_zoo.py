@@ -115,7 +115,7 @@ def test_zoo_arguments(script, arguments, expected):
 
 
 def test_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="script='fly' is unknown, choose one of train, enjoy, .*plot"):
+    with pytest.raises(ValueError, match=r"script='fly' is unknown, choose one of train, enjoy, .*plot"):
         zoo.main(["fly"])
     with pytest.raises(ValueError, match="script='' is unknown"):
         zoo.main([])

@@ -13,6 +13,7 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import gymnasium as gym
@@ -33,12 +34,14 @@ EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start state
 PACKAGES = ("sb3_qsm", "stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")
 
 
-def make_env(task: str) -> gym.Env:
+def make_env(cell: Cell) -> gym.Env:
     """
-    :param task: environment id
-    :return: the environment, with dictionaries of numbers (dm_control) flattened
+    :param cell: what to train
+    :return: its environment, in rl-zoo's wrapper if one is given, with dictionaries of numbers (dm_control) flattened
     """
-    env = gym.make(task)
+    env = gym.make(cell.task)
+    if "env_wrapper" in cell.hyperparams:
+        env = resolve_name(cell.hyperparams["env_wrapper"])(env)
     return gym.wrappers.FlattenObservation(env) if isinstance(env.observation_space, gym.spaces.Dict) else env
 
 
@@ -47,8 +50,8 @@ def make_model(cell: Cell) -> OffPolicyAlgorithm:
     :param cell: what to train
     :return: the untrained model with its training environment, built as rl-zoo builds it
     """
-    kwargs = {key: value for key, value in cell.hyperparams.items() if key != "n_timesteps"}
-    env = make_vec_env(lambda: make_env(cell.task), n_envs=kwargs.pop("n_envs", 1))
+    kwargs = {key: value for key, value in cell.hyperparams.items() if key not in ("n_timesteps", "env_wrapper")}
+    env = make_vec_env(lambda: make_env(cell), n_envs=kwargs.pop("n_envs", 1))
     if "policy_kwargs" in kwargs:
         kwargs["policy_kwargs"] = read_policy_kwargs(kwargs)
     noise, sigma = kwargs.pop("noise_type", None), np.full(env.action_space.shape, kwargs.pop("noise_std", 0.0))
@@ -91,7 +94,7 @@ class Recorder(BaseCallback):
     def __init__(self, cell: Cell, folder: Path) -> None:
         super().__init__()
         self.cell = cell
-        self.envs = make_vec_env(lambda: make_env(cell.task), n_envs=cell.n_eval_episodes)
+        self.envs = make_vec_env(lambda: make_env(cell), n_envs=cell.n_eval_episodes)
         self.file = open(folder / "evaluations.csv", "w", newline="")
         self.start = time.perf_counter()
         self.evaluation_s = self.last_report = 0.0

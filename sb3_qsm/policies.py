@@ -226,7 +226,7 @@ class DiffusionPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
-        layer_norm: bool = False,
+        layer_norm: bool = True,
         n_diffusion_steps: int = 6,
         beta_schedule: str | Callable[[int], th.Tensor] = "box",
         sampler: str | Callable[..., th.Tensor] = "ddpm",

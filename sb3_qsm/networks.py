@@ -7,6 +7,7 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Level t runs
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch as th
@@ -119,7 +120,7 @@ class MLPDenoiser(Denoiser):
 def _mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
     """Linear layers from sizes[0] to sizes[-1] with activations in between."""
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), activation_fn()]
     return layers[:-1]
 

@@ -112,9 +112,7 @@ class DiffusionActor(BasePolicy):
             self.register_buffer(name, values, persistent=False)
         # As python floats for the chain, which would spend its time on indexing
         self.coefficients = list(zip(*(values.tolist() for values in coefficients), strict=True))
-        self.denoiser = denoiser_class(
-            features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {})
-        )
+        self.denoiser = denoiser_class(features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -180,6 +178,23 @@ class DiffusionActor(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
+
+
+class LayerNormCritic(ContinuousCritic):
+    """
+    SB3's critics with layer normalisation before each activation; the arguments are SB3's, all by keyword.
+
+    :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
+        self.q_networks = []
+        for index in range(self.n_critics):
+            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[nn.LayerNorm])
+            self.q_networks.append(nn.Sequential(*layers))
+            setattr(self, f"qf{index}", self.q_networks[-1])
 
 
 class DiffusionPolicy(BasePolicy):
@@ -307,8 +322,8 @@ class DiffusionPolicy(BasePolicy):
         return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ContinuousCritic:
-        critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
-        return LayerNormCritic(**critic_kwargs).to(self.device) if self.layer_norm else ContinuousCritic(**critic_kwargs).to(self.device)
+        critic_class = LayerNormCritic if self.layer_norm else ContinuousCritic
+        return critic_class(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)
@@ -327,35 +342,20 @@ class DiffusionPolicy(BasePolicy):
         self.training = mode
 
 
-class LayerNormCritic(ContinuousCritic):
-    """SB3's twin critics with layer normalisation before each activation; parameters as there."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
-        self.q_networks = []
-        for index in range(self.n_critics):
-            layers = create_mlp(
-                input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[nn.LayerNorm]
-            )
-            self.q_networks.append(nn.Sequential(*layers))
-            setattr(self, f"qf{index}", self.q_networks[-1])
-
-
 MlpPolicy = DiffusionPolicy
 
 
 class CnnPolicy(DiffusionPolicy):
     """:class:`DiffusionPolicy` for images: the default features extractor is :class:`NatureCNN`."""
 
-    def __init__(self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN, **kwargs: Any) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        super().__init__(*args, **kwargs)
 
 
 class MultiInputPolicy(DiffusionPolicy):
     """:class:`DiffusionPolicy` for dictionaries: the default features extractor is :class:`CombinedExtractor`."""
 
-    def __init__(
-        self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)

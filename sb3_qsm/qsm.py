@@ -39,6 +39,17 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "target_policy_noise": (Real, 0, math.inf),
     "actor_lr_decay_updates": (Real, 1, math.inf),
     "stats_window_size": (Integral, 1, math.inf),
+    "verbose": (Integral, 0, 2),
+    "seed": (Integral, 0, 2**32 - 1),
+}
+# Accepted type of each other argument that SB3 does not check itself
+TYPES: dict[str, type] = {
+    "action_noise": ActionNoise,
+    "replay_buffer_class": type,
+    "replay_buffer_kwargs": dict,
+    "optimize_memory_usage": bool,
+    "policy_kwargs": dict,
+    "tensorboard_log": str,
 }
 
 
@@ -155,11 +166,12 @@ class QSM(OffPolicyAlgorithm):
         self.score_target = score_target
         self.target_policy_noise = target_policy_noise
         self.actor_lr_decay_updates = actor_lr_decay_updates
+        self.stats_window_size = stats_window_size
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
-        self._check_numbers()
+        self._check_arguments()
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
         super()._setup_model()
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
@@ -167,14 +179,19 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
 
-    def _check_numbers(self) -> None:
+    def _check_arguments(self) -> None:
         """
-        :raises ValueError: for the first number out of its range
+        :raises ValueError: for the first constructor argument of a wrong type or out of its range
         """
-        numbers = {name: (getattr(self, name), *limits) for name, limits in NUMBERS.items() if hasattr(self, name)}
-        if not callable(self.learning_rate):
-            numbers["learning_rate"] = (self.learning_rate, Real, 0, math.inf)
-        for name, (value, kind, low, high) in numbers.items():
+        for name, wanted in TYPES.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, wanted):
+                raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}")
+        numbers = NUMBERS if callable(self.learning_rate) else NUMBERS | {"learning_rate": (Real, 0, math.inf)}
+        for name, (kind, low, high) in numbers.items():
+            value = getattr(self, name)
+            if value is None and name == "seed":
+                continue
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
                 raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")
 

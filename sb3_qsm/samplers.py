@@ -37,7 +37,7 @@ def ddpm_sample(
         x_0 = denoise_fn(x_t, t).clamp(-clip_range, clip_range)
         if t == 0:
             return x_0
-        beta, alpha, sigma = schedule.levels[t]
+        beta, _, sigma = schedule.levels[t]
         _, alpha_next, sigma_next = schedule.levels[t - 1]
         mean = (alpha_next * beta / sigma**2) * x_0 + (math.sqrt(1 - beta) * sigma_next**2 / sigma**2) * x_t
         x_t = mean + (sigma_next / sigma * math.sqrt(beta)) * noise[t]

@@ -1,0 +1,181 @@
+"""
+Reverse chains against known laws.
+
+A chain whose denoiser is affine and whose clip does not bind is an affine map of its noise. Feeding it zero and each unit
+vector of noise in one batch gives the exact mean and standard deviation of its samples: no Monte Carlo, tight tolerances.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_qsm.losses import SCORE_TARGETS, action_gradient
+from sb3_qsm.samplers import SAMPLERS, ddim_sample, ddpm_sample, running_clip_sample
+from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule, box_betas, vp_betas
+
+MEAN, STD = 0.4, 0.1
+BY_HAND = [0.36, 0.75]  # alpha 0.8, 0.4; sigma 0.6, sqrt(0.84)
+
+
+def unit_noise(n_steps):
+    """Start and noise of a chain, in rows: none, a unit at the start, a unit at each step."""
+    noise = th.eye(n_steps + 2)[1:, :, None]
+    return noise[0], noise[1:]
+
+
+def moments(rows):
+    """Mean and standard deviation of an affine map, from its values on :func:`unit_noise`."""
+    rows = rows[:, 0].double()
+    return rows[0].item(), (rows[1:] - rows[0]).norm().item()
+
+
+def gaussian_denoiser(schedule):
+    """Exact E[a_0 | a_t] for a_0 ~ N(MEAN, STD^2)."""
+
+    def denoise(x_t, t):
+        alpha, sigma = schedule.alpha[t], schedule.sigma[t]
+        return (sigma**2 * MEAN + alpha * STD**2 * x_t) / (sigma**2 + alpha**2 * STD**2)
+
+    return denoise
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gaussian_law(sampler):
+    errors = []
+    for n_steps in (10, 50, 250):
+        schedule = NoiseSchedule(vp_betas(n_steps))
+        x_T, noise = unit_noise(n_steps)
+        mean, std = moments(SAMPLERS[sampler](gaussian_denoiser(schedule), schedule, x_T, noise, math.inf))
+        # The chain starts from N(0, 1) in place of N(alpha_T MEAN, 1): a deterministic chain keeps that for ever
+        assert mean == pytest.approx(MEAN, abs=4e-3)
+        errors.append(abs(std - STD))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.011
+
+
+def test_gaussian_law_by_sampling():
+    schedule = NoiseSchedule(vp_betas(100))
+    noise = th.randn((101, 20_000, 2), generator=th.Generator().manual_seed(0))
+    actions = ddpm_sample(gaussian_denoiser(schedule), schedule, noise[0], noise[1:])
+    np.testing.assert_allclose(actions.mean(dim=0), [MEAN, MEAN], atol=5 * STD / math.sqrt(20_000))
+    np.testing.assert_allclose(actions.std(dim=0), [0.082, 0.082], rtol=0.04)  # 0.0824 by the exact law above
+
+
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_every_level_has_the_forward_law(sampler, beta_schedule):
+    """When the clean action is known, the chain at level t must be N(alpha_t a_0, sigma_t^2), as in the forward process."""
+    schedule = NoiseSchedule(BETA_SCHEDULES[beta_schedule](7))
+    x_T, noise = unit_noise(7)
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append((t, *moments(x_t)))
+        return th.full_like(x_t, MEAN)
+
+    sampler(denoise, schedule, schedule.alpha[-1] * MEAN + schedule.sigma[-1] * x_T, noise)
+    expected = [(t, schedule.alpha[t] * MEAN, schedule.sigma[t]) for t in reversed(range(7))]
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_denoiser_sees_every_level_once(sampler):
+    schedule = NoiseSchedule(vp_betas(4))
+    levels = []
+    SAMPLERS[sampler](lambda x_t, t: levels.append(t) or x_t, schedule, *unit_noise(4))
+    assert levels == [3, 2, 1, 0] and all(type(t) is int for t in levels)
+
+
+def test_ddpm_step_by_hand():
+    # Posterior of Ho et al., Eq. 7, from level 1 (abar 0.16, beta 0.75) to level 0 (abar 0.64), x_1 = 0.5, guess 0.3:
+    # mean = sqrt(0.64) * 0.75 / 0.84 * 0.3 + sqrt(0.25) * 0.36 / 0.84 * 0.5, variance = 0.36 / 0.84 * 0.75
+    guesses = {1: 0.3, 0: 0.9}
+    seen = {}
+
+    def denoise(x_t, t):
+        seen[t] = x_t.item()
+        return th.full_like(x_t, guesses[t])
+
+    action = ddpm_sample(denoise, NoiseSchedule(th.tensor(BY_HAND)), th.tensor([[0.5]]), th.tensor([[[7.0]], [[2.0]]]))
+    assert seen[1] == 0.5
+    assert seen[0] == pytest.approx(0.214285714 + 0.107142857 + 2 * math.sqrt(0.321428571), rel=1e-6)
+    assert action.item() == pytest.approx(0.9)  # the last step adds no noise
+
+
+def test_ddim_step_by_hand():
+    # noise = (0.5 - 0.4 * 0.3) / sqrt(0.84), x_0 = 0.8 * 0.3 + 0.6 * noise
+    seen = []
+    ddim_sample(
+        lambda x_t, t: seen.append(x_t.item()) or th.full_like(x_t, 0.3),
+        NoiseSchedule(th.tensor(BY_HAND)),
+        th.tensor([[0.5]]),
+        th.full((2, 1, 1), 7.0),
+    )
+    assert seen == pytest.approx([0.5, 0.24 + 0.6 * 0.38 / math.sqrt(0.84)], rel=1e-6)
+
+
+@pytest.mark.parametrize("noise, clipped", [(-0.2, False), (2.0, True)])
+def test_running_clip_by_hand(noise, clipped):
+    # Level 1: e = (0.5 - 0.12) / sqrt(0.84), x = (0.5 - 0.75 / sqrt(0.84) e) / 0.5 + sqrt(0.75) noise
+    middle = (0.5 - 0.75 * 0.38 / 0.84) / 0.5 + math.sqrt(0.75) * noise
+    assert (abs(middle) > 1) == clipped
+    middle = min(max(middle, -1), 1)
+    # Level 0: beta = sigma^2 = 0.36, no noise: x = (middle - (middle - 0.8 * 0.3)) / 0.8 = 0.3
+    seen = []
+    action = running_clip_sample(
+        lambda x_t, t: seen.append(x_t.item()) or th.full_like(x_t, 0.3),
+        NoiseSchedule(th.tensor(BY_HAND)),
+        th.tensor([[0.5]]),
+        th.tensor([[[7.0]], [[noise]]]),
+    )
+    assert seen == pytest.approx([0.5, middle], rel=1e-5)
+    assert action.item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_what_is_clipped():
+    """DDPM and DDIM clip the guess and let x_t run; the authors' chain lets the guess run and clips x_t."""
+    schedule, x_T, noise = NoiseSchedule(vp_betas(6)), th.full((1, 1), 3.0), th.full((6, 1, 1), 3.0)
+    for name, sampler in SAMPLERS.items():
+        seen = []
+        action = sampler(
+            lambda x_t, t, seen=seen: seen.append(x_t.item()) or th.full_like(x_t, 5.0), schedule, x_T, noise, 0.5
+        )
+        assert action.item() == 0.5
+        assert all(x <= 0.5 for x in seen[1:]) == (name == "running_clip")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_is_an_argument(sampler):
+    schedule, sample = NoiseSchedule(box_betas(6)), SAMPLERS[sampler]
+    noise = th.randn((7, 3, 2), generator=th.Generator().manual_seed(0))
+    state = th.get_rng_state()
+    first, second = (sample(gaussian_denoiser(schedule), schedule, noise[0], noise[1:]) for _ in range(2))
+    assert th.equal(th.get_rng_state(), state) and th.equal(first, second)
+    # DDIM takes all its randomness from the start
+    other = sample(gaussian_denoiser(schedule), schedule, noise[0], th.zeros_like(noise[1:]))
+    assert th.equal(first, other) == (sampler == "ddim")
+
+
+def chain_mean(score_target, optimum, sign):
+    """Mean of the DDPM chain when the denoiser fits ``sign`` times the target of Q = -|a - optimum|^2 / 2 exactly."""
+    beta_schedule, ent_coef = {"box": (box_betas, 0.1), "published": (vp_betas, 0.3)}[score_target]
+    schedule, target = NoiseSchedule(beta_schedule(10)), SCORE_TARGETS[score_target]
+
+    def denoise(x_t, t):
+        alpha, sigma = (values[t].expand(len(x_t), 1) for values in (schedule.alpha, schedule.sigma))
+        point = target.gradient_point(x_t, alpha, sigma)
+        q_grad = sign * action_gradient(lambda a: -0.5 * (a - th.tensor(optimum)).pow(2).sum(dim=1, keepdim=True), point)
+        return target.target(x_t, alpha, sigma, q_grad, th.tensor(ent_coef))
+
+    noise = th.randn((11, 2000, len(optimum)), generator=th.Generator().manual_seed(0))
+    return ddpm_sample(denoise, schedule, noise[0], noise[1:]).mean(dim=0)
+
+
+@pytest.mark.parametrize("score_target", SCORE_TARGETS)
+@pytest.mark.parametrize("optimum", [[0.5], [-0.5], [0.5, -0.3]])
+def test_quadratic_q(score_target, optimum):
+    np.testing.assert_allclose(chain_mean(score_target, optimum, sign=1), optimum, atol=0.05)
+    away = chain_mean(score_target, optimum, sign=-1)
+    assert (away * th.tensor(optimum) < 0).all()

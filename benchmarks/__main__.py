@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(f"{' '.join(cell.command())} --out {args.out}" for cell in unfinished))
         return 0
     with Board(len(cells), len(cells) - len(unfinished), args.out) as board:
-        for ended in EXECUTORS[args.executor](unfinished, args.out, args.jobs, board.step):
+        for ended in EXECUTORS[args.executor](unfinished, args.out, args.jobs, board.step, args.address):
             board.end(ended)
     return min(board.n_failed, 1)
 
@@ -47,6 +47,17 @@ def cell(args: argparse.Namespace) -> int:
     from benchmarks.cells import run_cell
 
     return int(not all([run_cell(cell, args.out) for cell in chosen_cells(args)]))
+
+
+def report(args: argparse.Namespace) -> int:
+    """
+    :param args: command line
+    :return: exit status
+    """
+    from benchmarks.report import write_report
+
+    print(write_report(args.results))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,11 +75,17 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--tasks", nargs="+", help="only these tasks")
         sub.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
         sub.add_argument("--steps", type=int, help="other number of training steps")
-        sub.add_argument("--out", type=lambda path: Path(path).resolve(), default=ROOT / "benchmarks/results", help="results folder")
+        sub.add_argument(
+            "--out", type=lambda path: Path(path).resolve(), default=ROOT / "benchmarks/results", help="results folder"
+        )
         if verb is run:
             sub.add_argument("--jobs", type=int, default=1, help="cells at a time")
-            sub.add_argument("--executor", default="local", help="local or ray")
+            sub.add_argument("--executor", default="local", help="local (processes on this machine) or ray")
+            sub.add_argument("--address", help="a running Ray cluster, or auto; without it, Ray is started here")
             sub.add_argument("--print-commands", action="store_true", help="print one command per unfinished cell and stop")
+    sub = verbs.add_parser("report", help="tables, figures and a page from a folder of results")
+    sub.set_defaults(verb=report)
+    sub.add_argument("results", type=Path, help="folder of one suite, as in benchmarks/results/smoke")
     args = parser.parse_args(argv)
     return args.verb(args)
 

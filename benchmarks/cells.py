@@ -96,8 +96,7 @@ class Recorder(BaseCallback):
         self.cell = cell
         self.envs = make_vec_env(lambda: make_env(cell), n_envs=cell.n_eval_episodes)
         self.file = open(folder / "evaluations.csv", "w", newline="")
-        self.start = time.perf_counter()
-        self.evaluation_s = self.last_report = 0.0
+        self.start = self.evaluation_s = self.last_report = 0.0
         self.next_evaluation = 0
         self.mean_return = float("nan")
 
@@ -107,6 +106,7 @@ class Recorder(BaseCallback):
         return time.perf_counter() - self.start - self.evaluation_s
 
     def _on_training_start(self) -> None:
+        self.start = time.perf_counter()
         self._evaluate()
 
     def _on_step(self) -> bool:
@@ -178,9 +178,9 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
     :param revision: git revision to note
     """
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    recorder = Recorder(cell, folder)  # before the model, which sets the seeds: making environments draws random numbers
     model = make_model(cell)
     model.set_logger(configure(str(folder), ["csv"]))
-    recorder = Recorder(cell, folder)
     model.learn(cell.n_timesteps, callback=recorder, log_interval=None)
     training_s, evaluation_s = recorder.training_s, recorder.evaluation_s
     model.logger.close()
@@ -194,7 +194,9 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
         "training_s": round(training_s, 1),
         "evaluation_s": round(evaluation_s, 1),
         "steps_per_s": round(cell.n_timesteps / training_s, 2),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)),
+        "peak_memory_mb": round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        ),
         "device": str(model.device),
         "machine": machine(),
         "versions": versions(),

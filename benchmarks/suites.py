@@ -132,7 +132,9 @@ def read_suite(suite: str) -> list[Cell]:
         raise ValueError(f"unknown suite {suite!r}, valid: {names}, or the path of a .yml file")
     content = yaml.safe_load(file.read_text())
     check_known(f"key in {file.name}", content, SUITE_KEYS)
-    check_known(f"gap in {file.name}: nothing given for", set(SUITE_KEYS) - set(content), [])
+    for key in SUITE_KEYS:
+        if key not in content:
+            raise ValueError(f"{file.name} lacks {key!r}")
     if any(task.startswith("dm_control/") for task in content["tasks"]):
         import shimmy  # noqa: F401  (registers dm_control)
     check_known("task", content["tasks"], gym.registry)
@@ -144,8 +146,9 @@ def read_suite(suite: str) -> list[Cell]:
         else:
             check_known(f"task under {algorithm}", entries, ["default", *content["tasks"]])
         for task in content["tasks"]:
-            check_known(f"hyperparameters of {algorithm} for", [] if "default" in entries else [task], entries)
             hyperparams = entries.get(task, entries.get("default"))
+            if hyperparams is None:
+                raise ValueError(f"{file.name} has no hyperparameters of {algorithm} for {task!r} and no 'default'")
             check_hyperparams(algorithm, hyperparams)
             numbers = (content["n_timesteps"], content["eval_freq"], content["n_eval_episodes"])
             cells += [Cell(suite, task, algorithm, seed, *numbers, hyperparams) for seed in content["seeds"]]

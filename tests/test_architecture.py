@@ -1,0 +1,54 @@
+"""Imports point one way, so that each file can be read, and replaced, on its own."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import sb3_qsm
+
+ROOT = Path(sb3_qsm.__file__).parent
+# What each module may import of the package
+ALLOWED = {
+    "schedules": set(),
+    "losses": set(),
+    "networks": set(),
+    "temperature": set(),
+    "samplers": {"schedules"},
+    "policies": {"schedules", "samplers", "networks"},
+    "qsm": {"losses", "policies", "temperature"},
+    "__init__": {"policies", "qsm"},
+    "zoo": {"", "qsm"},
+}
+
+
+def imports(module):
+    """Full names of the modules that a file imports, wherever in it they stand."""
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            yield node.module
+
+
+def test_every_module_is_listed():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_point_one_way(module):
+    own = {name.partition(".")[2] for name in imports(module) if name.partition(".")[0] == "sb3_qsm"}
+    assert own <= ALLOWED[module]
+
+
+@pytest.mark.parametrize("module", ["schedules", "samplers", "losses", "networks", "temperature"])
+def test_equations_need_torch_only(module):
+    foreign = {name.partition(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"sb3_qsm"}
+    assert foreign == {"torch"}
+
+
+def test_public_names():
+    assert set(sb3_qsm.__all__) == {"QSM", "MlpPolicy", "CnnPolicy", "MultiInputPolicy", "DiffusionPolicy", "__version__"}
+    assert all(hasattr(sb3_qsm, name) for name in sb3_qsm.__all__)

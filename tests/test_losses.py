@@ -1,0 +1,171 @@
+"""The equations against numbers worked out by hand and by quadrature."""
+
+import math
+
+import numpy as np
+import pytest
+import torch as th
+from scipy.stats import truncnorm
+from torch import nn
+
+from sb3_qsm.losses import (
+    SCORE_TARGETS,
+    action_gradient,
+    box_entropy,
+    box_gradient_point,
+    box_target,
+    published_gradient_point,
+    published_target,
+    score_matching_loss,
+    truncated_normal_mean,
+)
+
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
+
+
+def posterior_mean(mean, std, slope=0.0):
+    """Mean of exp(slope a) N(a; mean, std^2) on [-1, 1] by quadrature in float64, over the part that has mass."""
+    mean, std, slope = (np.asarray(value, dtype=np.float64)[..., None] for value in (mean, std, slope))
+    centre = mean + std**2 * slope
+    peak = np.clip(centre, -1, 1)
+    reach = np.minimum(12 * std, 40 * std**2 / np.maximum(np.abs(centre) - 1, 1e-300))
+    low, high = np.maximum(peak - reach, -1), np.minimum(peak + reach, 1)
+    a = low + (high - low) * (NODES + 1) / 2
+    log_density = slope * (a - peak) - ((a - mean) ** 2 - (peak - mean) ** 2) / (2 * std**2)
+    weights = WEIGHTS * np.exp(log_density)
+    return peak[..., 0] + (weights * (a - peak)).sum(-1) / weights.sum(-1)
+
+
+@pytest.mark.parametrize("mean, std", [(0.3, 0.5), (2.0, 0.25), (-2.0, 0.7), (50.0, 20.0)])
+def test_quadrature_agrees_with_scipy(mean, std):
+    assert posterior_mean(mean, std) == pytest.approx(truncnorm.mean((-1 - mean) / std, (1 - mean) / std, mean, std), rel=1e-9)
+
+
+@pytest.mark.parametrize("std", [0.01, 0.03, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0])
+@pytest.mark.parametrize("limit, tolerance", [(3, 2e-6), (50, 1e-5)])
+def test_truncated_normal_mean(std, limit, tolerance):
+    mean = th.linspace(-limit, limit, 601)
+    result = truncated_normal_mean(mean, th.tensor(std))
+    assert result.dtype == th.float32 and result.abs().max() <= 1
+    # The result is a difference of numbers of the size of mean; a box much narrower than std costs digits too
+    tolerance *= max(1, std)
+    np.testing.assert_allclose(result, posterior_mean(mean, np.full(601, std)), atol=tolerance)
+    np.testing.assert_array_equal(truncated_normal_mean(-mean, th.tensor(std)), -result)
+    assert (result.diff() > -2 * tolerance).all()
+
+
+@pytest.mark.parametrize("std", [0.05, 0.25, 2.5])
+@pytest.mark.parametrize("mean", [1e3, 1e5, 1e8, 1e15])
+def test_truncated_normal_mean_far_outside(std, mean):
+    """A steep Q at a low temperature asks for a mean millions of standard deviations outside: the answer is the bound."""
+    means = th.linspace(0.9, 1.1, 101) * mean
+    expected = np.full(101, 1 - std**2 / mean)
+    np.testing.assert_allclose(truncated_normal_mean(means, th.tensor(std)), expected, atol=1e-5)
+    np.testing.assert_allclose(truncated_normal_mean(-means, th.tensor(std)), -expected, atol=1e-5)
+
+
+def test_truncated_normal_mean_at_the_centre():
+    means = th.tensor([0.0, 1e-20, -1e-20])
+    np.testing.assert_allclose(truncated_normal_mean(means, th.tensor(0.25)), [0, 0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.25, 1.0, 2.5, 10.0])
+@pytest.mark.parametrize("slope", [-20.0, -1.0, 0.0, 0.3, 5.0, 100.0])
+def test_box_target_is_exact_for_linear_q(ratio, slope):
+    alpha = 1 / math.sqrt(1 + ratio**2)
+    noisy_actions = th.linspace(-3, 3, 61)[:, None]
+    ent_coef, q_grad = th.tensor(0.2), th.full((61, 1), 0.2 * slope)
+    alphas, sigmas = th.full((61, 1), alpha), th.full((61, 1), ratio * alpha)
+    target = box_target(noisy_actions, alphas, sigmas, q_grad, ent_coef)
+    mean, std = noisy_actions[:, 0] / alpha, np.full(61, ratio)
+    expected = posterior_mean(mean, std, np.full(61, slope))
+    # float32 has seven digits of the location before truncation
+    location = np.abs(mean.numpy() + ratio**2 * slope)
+    tolerance = 1e-5 + 1e-6 * ratio + 4e-7 * location
+    assert (np.abs(target[:, 0].numpy() - expected) <= tolerance).all()
+
+
+def test_box_target_for_little_noise():
+    """As r -> 0 inside the box, the implied noise is the published one times r = sigma / alpha."""
+    alpha, sigma = th.tensor([[1 / math.sqrt(1.0001)]]), th.tensor([[0.01 / math.sqrt(1.0001)]])
+    noisy_actions, q_grad, ent_coef = th.tensor([[0.3, -0.7]]), th.tensor([[2.0, -3.0]]), th.tensor(0.5)
+    target = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
+    implied = (noisy_actions - alpha * target) / sigma
+    np.testing.assert_allclose(implied, -0.01 * q_grad / ent_coef, rtol=1e-3)
+    published = (noisy_actions - alpha * published_target(noisy_actions, alpha, sigma, q_grad, ent_coef)) / sigma
+    np.testing.assert_allclose(implied, 0.01 * published, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 5.0])
+def test_box_target_for_flat_q(ratio):
+    """With g = 0 it is E[a_0 | a_t] of a uniform policy, which is also where the gradient is taken."""
+    alpha = th.full((61, 1), 1 / math.sqrt(1 + ratio**2))
+    noisy_actions = th.linspace(-3, 3, 61)[:, None]
+    target = box_target(noisy_actions, alpha, ratio * alpha, th.zeros(61, 1), th.tensor(1.0))
+    expected = posterior_mean(noisy_actions[:, 0] * math.sqrt(1 + ratio**2), np.full(61, ratio))
+    np.testing.assert_allclose(target[:, 0], expected, atol=2e-5)
+    np.testing.assert_array_equal(box_gradient_point(noisy_actions, alpha, ratio * alpha), target)
+
+
+def test_published_target_by_hand():
+    # alpha 0.8, sigma 0.6, lambda 0.02 (M_q = 50): noise = -50 g = -5, a_0 = (0.4 + 0.6 * 5) / 0.8
+    alpha, sigma = th.tensor([[0.8]]), th.tensor([[0.6]])
+    noisy_actions = th.tensor([[0.4, 2.0]])
+    target = published_target(noisy_actions, alpha, sigma, th.tensor([[0.1, 0.0]]), th.tensor(0.02))
+    np.testing.assert_allclose(target, [[4.25, 2.5]], rtol=1e-6)
+    assert th.equal(published_gradient_point(noisy_actions, alpha, sigma), noisy_actions)
+
+
+def test_names_of_score_targets():
+    assert SCORE_TARGETS["box"] == (box_gradient_point, box_target)
+    assert SCORE_TARGETS["published"] == (published_gradient_point, published_target)
+
+
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_action_gradient(grad_enabled):
+    critic = nn.Linear(2, 1)
+    actions = th.tensor([[0.5, -1.0], [0.0, 2.0]], requires_grad=True)
+    with th.set_grad_enabled(grad_enabled):
+        # Q = -(a_1^2 + 3 a_2^2) + critic, hence dQ/da = (-2 a_1, -6 a_2) + weights
+        gradient = action_gradient(lambda a: critic(a) - (a**2 * th.tensor([1.0, 3.0])).sum(dim=1, keepdim=True), actions)
+    np.testing.assert_allclose(gradient - critic.weight.detach(), [[-1.0, 6.0], [0.0, -12.0]], atol=1e-6)
+    assert not gradient.requires_grad
+    assert critic.weight.grad is None and critic.bias.grad is None and actions.grad is None
+
+
+def test_score_matching_loss_by_hand():
+    prediction, target = th.tensor([[1.0, 2.0], [0.0, -1.0]]), th.tensor([[0.0, 4.0], [1.0, 1.0]])
+    # Errors (1, -2), (-1, -2) in units of 0.5 and 2: (2, -4), (-0.5, -1); mean of 4, 16, 0.25, 1
+    assert score_matching_loss(prediction, target, th.tensor([[0.5], [2.0]])).item() == pytest.approx(5.3125)
+
+
+def test_score_matching_loss_is_the_error_of_the_noise():
+    alpha, sigma = th.tensor([[0.8], [0.6]]), th.tensor([[0.6], [0.8]])
+    noisy_actions, predicted, wanted = th.tensor([[0.1], [0.9]]), th.tensor([[0.3], [-0.4]]), th.tensor([[1.0], [0.5]])
+    clean = [(noisy_actions - sigma * noise) / alpha for noise in (predicted, wanted)]
+    loss = score_matching_loss(*clean, sigma / alpha)
+    assert loss.item() == pytest.approx((0.7**2 + 0.9**2) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (1, 1)])
+def test_score_matching_loss_refuses_to_broadcast(shape):
+    with pytest.raises(ValueError, match=r"prediction and target must have one shape, got \(3, 1\) and \("):
+        score_matching_loss(th.zeros(3, 1), th.zeros(shape), th.ones(3, 1))
+
+
+@pytest.mark.parametrize("slope", [1e-6, 1e-4, 1e-2, 0.5, 1.0, 3.0, 10.0, 50.0, 1e3, 1e5])
+def test_box_entropy(slope):
+    # x is the distance from the favoured bound in units of 1 / slope; the density of a is slope times that of x
+    end = min(2 * slope, 60.0)
+    x = end * (NODES + 1) / 2
+    density = np.exp(-x)
+    mass = (WEIGHTS * density).sum() * end / 2
+    expected = (WEIGHTS * density * (x + math.log(mass))).sum() * end / 2 / mass - math.log(slope)
+    for sign in (1, -1):
+        assert box_entropy(th.tensor(sign * slope)).item() == pytest.approx(expected, abs=2e-6)
+
+
+def test_box_entropy_limits():
+    assert box_entropy(th.tensor(0.0)).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert box_entropy(th.tensor(1e6)).item() == pytest.approx(1 - math.log(1e6), abs=1e-5)
+    assert (box_entropy(th.logspace(-3, 6, 200)).diff() < 1e-6).all()

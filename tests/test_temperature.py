@@ -1,0 +1,89 @@
+"""Temperature: the direction of its step, its arguments, its state."""
+
+import math
+
+import pytest
+import torch as th
+
+from sb3_qsm.losses import box_entropy
+from sb3_qsm.temperature import AutoTemperature, Temperature, make_temperature
+
+
+@pytest.mark.parametrize("entropy, falls", [(0.0, True), (-2.0, False)])
+def test_direction(entropy, falls):
+    """Too much entropy cools, too little heats; Adam's first step is the learning rate, in log lambda."""
+    temperature = AutoTemperature(0.5, target_entropy=-1.0, learning_rate=0.1)
+    loss = temperature.update(th.tensor(entropy))
+    assert temperature.value().item() == pytest.approx(0.5 * math.exp(-0.1 if falls else 0.1), rel=1e-5)
+    # As SAC logs it, before the step: log lambda times (entropy - target)
+    assert loss == pytest.approx(math.log(0.5) * (entropy + 1.0), rel=1e-5)
+
+
+def test_rests_at_the_target():
+    temperature = AutoTemperature(0.5, target_entropy=-1.0)
+    assert temperature.update(th.tensor(-1.0)) == 0
+    assert temperature.value().item() == pytest.approx(0.5)
+
+
+def test_converges_to_the_entropy_asked_for():
+    """For Q = g a the policy's entropy is that of exp(g a / lambda): the temperature finds where it meets the target."""
+    temperature = AutoTemperature(1.0, target_entropy=-1.0, learning_rate=0.03)
+    q_grad = th.tensor(3.0)
+    for _ in range(500):
+        temperature.update(box_entropy(q_grad / temperature.value()))
+    assert box_entropy(q_grad / temperature.value()).item() == pytest.approx(-1.0, abs=1e-2)
+
+
+def test_fixed_stays():
+    temperature = Temperature(0.2)
+    for _ in range(3):
+        assert temperature.update(th.tensor(100.0)) == 0
+    assert temperature.value().item() == pytest.approx(0.2)
+    assert temperature.optimizer_names == [] and not hasattr(temperature, "optimizer")
+
+
+@pytest.mark.parametrize("kind", [Temperature, lambda value: AutoTemperature(value, -1.0)])
+def test_value_is_a_float32_constant(kind):
+    value = kind(0.3).value()
+    assert value.shape == () and value.dtype == th.float32 and not value.requires_grad
+
+
+@pytest.mark.parametrize(
+    "ent_coef, start, automatic",
+    [
+        ("auto", 1.0, True),
+        ("auto_0.1", 0.1, True),
+        ("auto_2", 2.0, True),
+        (0.3, 0.3, False),
+        (2, 2.0, False),
+        ("0.3", 0.3, False),
+    ],
+)
+def test_ent_coef(ent_coef, start, automatic):
+    temperature = make_temperature(ent_coef, "auto", action_dim=3)
+    assert temperature.value().item() == pytest.approx(start)
+    assert isinstance(temperature, AutoTemperature) == automatic
+    if automatic:
+        assert temperature.target_entropy == -3
+
+
+@pytest.mark.parametrize("target_entropy", [-2.5, 0, "-2.5"])
+def test_target_entropy(target_entropy):
+    assert make_temperature("auto", target_entropy, action_dim=3).target_entropy == float(target_entropy)
+
+
+@pytest.mark.parametrize("ent_coef", BAD_ENT_COEFS)
+def test_bad_ent_coef(ent_coef):
+    with pytest.raises(
+        ValueError, match=r'ent_coef must be a positive number, "auto" or "auto_<positive number>", got '
+    ) as error:
+        make_temperature(ent_coef, "auto", action_dim=1)
+    assert str(error.value).endswith(repr(ent_coef))
+
+
+@pytest.mark.parametrize("ent_coef", ["auto", 0.1])
+@pytest.mark.parametrize("target_entropy", [math.nan, -math.inf, "auto_1", None])
+def test_bad_target_entropy(ent_coef, target_entropy):
+    with pytest.raises(ValueError, match=r'target_entropy must be a number or "auto", got ') as error:
+        make_temperature(ent_coef, target_entropy, action_dim=1)
+    assert str(error.value).endswith(repr(target_entropy))

@@ -72,6 +72,9 @@ def test_target_entropy(target_entropy):
     assert make_temperature("auto", target_entropy, action_dim=3).target_entropy == float(target_entropy)
 
 
+BAD_ENT_COEFS = [0, -1.0, math.nan, math.inf, "auto_0", "auto_-1", "auto_x", "autox", "automatic", "", None, [0.1]]
+
+
 @pytest.mark.parametrize("ent_coef", BAD_ENT_COEFS)
 def test_bad_ent_coef(ent_coef):
     with pytest.raises(

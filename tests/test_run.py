@@ -1,0 +1,360 @@
+"""QSM does everything that SB3's off-policy algorithms do; a few steps each."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.her import HerReplayBuffer
+from torch import nn
+
+from sb3_qsm import QSM, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qsm.losses import SCORE_TARGETS, box_entropy, truncated_normal_mean
+from sb3_qsm.networks import PRECONDITIONINGS, Denoiser, noise_preconditioning
+from sb3_qsm.samplers import SAMPLERS, ddim_sample
+from sb3_qsm.schedules import BETA_SCHEDULES, vp_betas
+
+SMALL = dict(learning_starts=20, batch_size=8, buffer_size=500, seed=0, device="cpu")
+
+
+def build(policy="MlpPolicy", env="Pendulum-v1", **kwargs):
+    kwargs["policy_kwargs"] = dict(net_arch=[16]) | kwargs.get("policy_kwargs", {})
+    return QSM(policy, env, **SMALL | kwargs)
+
+
+def vector(module):
+    return nn.utils.parameters_to_vector(module.parameters()).detach()
+
+
+def run(*args, total_timesteps=30, **kwargs):
+    """Train a small model: actor and critics move, and every weight stays finite."""
+    model = build(*args, **kwargs)
+    modules = [model.actor.denoiser, model.critic, model.critic_target]
+    before = [vector(module) for module in modules]
+    model.learn(total_timesteps)
+    assert all(not th.equal(old, vector(module)) for old, module in zip(before, modules, strict=True))
+    assert vector(model.policy).isfinite().all()
+    return model
+
+
+def test_aliases():
+    assert QSM.policy_aliases == {"MlpPolicy": MlpPolicy, "CnnPolicy": CnnPolicy, "MultiInputPolicy": MultiInputPolicy}
+    assert type(build(MlpPolicy).policy) is MlpPolicy
+
+
+def test_total_timesteps_as_float():
+    assert run(total_timesteps=1e3, train_freq=50).num_timesteps == 1000
+
+
+def test_cnn_policy():
+    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=False)
+    run("CnnPolicy", env, total_timesteps=25, policy_kwargs=dict(features_extractor_kwargs=dict(features_dim=16)))
+
+
+def test_multi_input_policy():
+    env = SimpleMultiObsEnv(random_start=True, discrete_actions=False, channel_last=False)
+    extractor = dict(features_extractor_kwargs=dict(cnn_output_dim=16))
+    run("MultiInputPolicy", env, total_timesteps=25, policy_kwargs=extractor)
+
+
+def test_her():
+    env = BitFlippingEnv(n_bits=3, continuous=True)
+    kwargs = dict(n_sampled_goal=2, goal_selection_strategy="future")
+    run("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, replay_buffer_kwargs=kwargs)
+
+
+@pytest.mark.parametrize(
+    "train_freq, gradient_steps, n_updates",
+    # Two environments, 40 steps, of which 20 before learning starts
+    [(1, 1, 10), (1, -1, 20), (2, 1, 5), ((2, "step"), -1, 20), (1, 0, 0)],
+)
+def test_vec_env(train_freq, gradient_steps, n_updates):
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    model = build(env=env, train_freq=train_freq, gradient_steps=gradient_steps).learn(40)
+    assert model._n_updates == n_updates
+
+
+def test_train_freq_in_episodes():
+    env = gym.make("Pendulum-v1", max_episode_steps=15)
+    assert run(env=env, total_timesteps=45, train_freq=(1, "episode"), gradient_steps=-1)._n_updates == 30
+
+
+def test_n_step_returns():
+    model = run(n_steps=3)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer) and model.replay_buffer.n_steps == 3
+
+
+def test_action_noise():
+    model = run(action_noise=NormalActionNoise(np.zeros(1), np.full(1, 100.0)))
+    # Added and clipped from the first random step on
+    assert (np.abs(model.replay_buffer.actions[:30]) == 1).mean() > 0.9
+
+
+def test_action_noise_of_several_environments():
+    noise = OrnsteinUhlenbeckActionNoise(np.zeros(1), np.ones(1))
+    run(env=make_vec_env("Pendulum-v1", n_envs=2, seed=0), total_timesteps=40, action_noise=noise)
+
+
+def test_optimize_memory_usage():
+    model = run(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False))
+    assert not hasattr(model.replay_buffer, "next_observations")
+
+
+class NormalizedReplayBuffer(ReplayBuffer):
+    """Refuses to hand out raw observations."""
+
+    def sample(self, batch_size, env=None):
+        assert isinstance(env, VecNormalize)
+        return super().sample(batch_size, env)
+
+
+def test_vec_normalize_and_custom_buffer():
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=1, seed=0))
+    model = run(env=env, replay_buffer_class=NormalizedReplayBuffer)
+    assert isinstance(model.replay_buffer, NormalizedReplayBuffer)
+
+
+def rates(model):
+    return [model.policy.actor.optimizer.param_groups[0]["lr"], model.policy.critic.optimizer.param_groups[0]["lr"]]
+
+
+def test_learning_rate_schedule():
+    model = run(learning_rate=lambda progress: 1e-3 * progress, total_timesteps=40)
+    # The last update came after 40 of 40 steps
+    assert rates(model) == pytest.approx([0.0, 0.0])
+    assert rates(build(learning_rate=lambda progress: 1e-3 * progress)) == pytest.approx([1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("n_updates", [1, 5, 10])
+def test_actor_lr_decay_updates(n_updates):
+    model = build(learning_rate=1e-3, actor_lr_decay_updates=8).learn(20 + n_updates)
+    # The rate of the last update, which n_updates - 1 went before
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1, (n_updates - 1) / 8)))
+    assert model._n_updates == n_updates
+    assert rates(model) == pytest.approx([1e-3 * cosine, 1e-3])
+
+
+def test_actor_lr_is_constant_by_default():
+    assert rates(run(learning_rate=1e-3)) == [1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_share_features_extractor(share):
+    env = SimpleMultiObsEnv(random_start=True, discrete_actions=False, channel_last=False)
+    extractor = dict(features_extractor_kwargs=dict(cnn_output_dim=16), share_features_extractor=share)
+    model = run("MultiInputPolicy", env, total_timesteps=25, policy_kwargs=extractor)
+    actor, critic = model.actor.features_extractor, model.critic.features_extractor
+    assert (actor is critic) == share
+    assert model.critic_target.features_extractor is not critic
+    trained = {id(parameter) for group in model.critic.optimizer.param_groups for parameter in group["params"]}
+    # A shared extractor learns from the actor's loss only
+    assert {id(parameter) in trained for parameter in critic.parameters()} == {not share}
+
+
+@pytest.mark.parametrize("n_critics", [1, 3])
+def test_n_critics(n_critics):
+    model = run(policy_kwargs=dict(n_critics=n_critics))
+    assert len(model.critic.q_networks) == len(model.critic_target.q_networks) == n_critics
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [
+        dict(optimizer_class=th.optim.AdamW, optimizer_kwargs=dict(weight_decay=1e-3)),
+        dict(optimizer_class=th.optim.RMSprop),
+        dict(optimizer_class=th.optim.SGD, optimizer_kwargs=dict(momentum=0.9)),
+        dict(optimizer_kwargs=dict(eps=1e-5)),
+    ],
+)
+def test_optimizers(policy_kwargs):
+    model = run(policy_kwargs=policy_kwargs)
+    for optimizer in (model.actor.optimizer, model.critic.optimizer):
+        assert type(optimizer) is policy_kwargs.get("optimizer_class", th.optim.Adam)
+        assert policy_kwargs.get("optimizer_kwargs", {}).items() <= optimizer.param_groups[0].items()
+
+
+@pytest.mark.parametrize("net_arch", [[], [8, 4], dict(pi=[], qf=[8]), dict(pi=[8], qf=[])])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_net_arch(net_arch, layer_norm):
+    run(policy_kwargs=dict(net_arch=net_arch, layer_norm=layer_norm, activation_fn=nn.Tanh))
+
+
+@pytest.mark.parametrize("score_target", SCORE_TARGETS)
+@pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_every_diffusion(beta_schedule, sampler, preconditioning, score_target):
+    choices = dict(beta_schedule=beta_schedule, sampler=sampler, preconditioning=preconditioning, n_diffusion_steps=3)
+    run(total_timesteps=24, score_target=score_target, policy_kwargs=choices)
+
+
+@pytest.mark.parametrize("n_diffusion_steps", [1, 2, 20])
+def test_n_diffusion_steps(n_diffusion_steps):
+    model = run(policy_kwargs=dict(n_diffusion_steps=n_diffusion_steps))
+    assert model.actor.noise_schedule.n_steps == n_diffusion_steps
+
+
+class LinearDenoiser(Denoiser):
+    """The least that a denoiser of one's own must have."""
+
+    def __init__(self, features_dim, action_dim, n_diffusion_steps, net_arch, bias=True):
+        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
+        self.layer = nn.Linear(features_dim + action_dim, action_dim, bias=bias)
+
+    def forward(self, features, noisy_actions, t):
+        return self.layer(th.cat([features, noisy_actions], dim=1))
+
+
+def test_parts_of_ones_own():
+    parts = dict(beta_schedule=vp_betas, sampler=ddim_sample, preconditioning=noise_preconditioning)
+    denoiser = dict(denoiser_class=LinearDenoiser, denoiser_kwargs=dict(bias=False))
+    model = run(policy_kwargs=parts | denoiser)
+    assert type(model.actor.denoiser) is LinearDenoiser and model.actor.denoiser.layer.bias is None
+    np.testing.assert_allclose(model.actor.noise_schedule.betas, vp_betas(6), rtol=1e-6)
+
+
+class BatchNormExtractor(FlattenExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+def test_batch_norm_statistics_reach_the_target():
+    model = run(policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
+    online, target = (critic.features_extractor.norm for critic in (model.critic, model.critic_target))
+    assert online.running_mean.abs().max() > 0
+    # The actor's loss, which comes after the critic's, moves the statistics again: the copy must come last
+    assert th.equal(online.running_mean, target.running_mean) and th.equal(online.running_var, target.running_var)
+
+
+def test_modes():
+    policy = build().policy
+    policy.set_training_mode(True)
+    assert policy.training and policy.actor.training and policy.critic.training and not policy.critic_target.training
+    policy.set_training_mode(False)
+    assert not (policy.training or policy.actor.training or policy.critic.training or policy.critic_target.training)
+
+
+@pytest.mark.parametrize("interval, n_updates, moved", [(1, 1, True), (3, 2, False), (3, 3, True)])
+def test_target_update_interval(interval, n_updates, moved):
+    model = build(tau=1.0, target_update_interval=interval).learn(20 + n_updates)
+    assert th.equal(vector(model.critic), vector(model.critic_target)) == moved
+
+
+class LastDump(KVWriter):
+    """Keeps what was logged last."""
+
+    def write(self, key_values, key_excluded, step=0):
+        self.values = dict(key_values)
+
+    def close(self):
+        pass
+
+
+def test_metrics():
+    writer = LastDump()
+    model = build(env=gym.make("Pendulum-v1", max_episode_steps=10), ent_coef="auto_0.3", learning_rate=1e-3)
+    model.set_logger(Logger(None, [writer]))
+    model.learn(40, log_interval=1)
+    names = ["critic_loss", "actor_loss", "ent_coef", "ent_coef_loss", "entropy", "q_grad", "action_std", "saturation"]
+    assert all(math.isfinite(writer.values[f"train/{name}"]) for name in names)
+    assert writer.values["train/n_updates"] == 19 and writer.values["train/learning_rate"] == 1e-3
+    assert 0 <= writer.values["train/saturation"] <= 1 and 0 < writer.values["train/action_std"] < 1.1
+    assert writer.values["train/ent_coef"] == pytest.approx(0.3, rel=0.1)
+    assert writer.values["time/total_timesteps"] == 40
+
+
+def set_critic(critic, slopes, values):
+    """Make the i-th critic of one without hidden layers Q_i = slopes[i] * action + values[i]."""
+    for q_net, slope, value in zip(critic.q_networks, slopes, values, strict=True):
+        (layer,) = (module for module in q_net if isinstance(module, nn.Linear))
+        layer.weight.data.zero_()
+        layer.weight.data[0, -1] = slope
+        layer.bias.data.fill_(value)
+
+
+LINEAR_CRITIC = dict(net_arch=dict(pi=[8], qf=[]), layer_norm=False)
+BATCH = ReplayBufferSamples(
+    observations=th.zeros(2, 3),
+    actions=th.tensor([[0.5], [-0.5]]),
+    next_observations=th.ones(2, 3),
+    dones=th.tensor([[0.0], [1.0]]),
+    rewards=th.tensor([[1.0], [2.0]]),
+)
+
+
+def test_critic_loss_by_hand():
+    model = build(policy_kwargs=LINEAR_CRITIC, gamma=0.5)
+    set_critic(model.critic, slopes=[1.0, 0.0], values=[0.0, 3.0])
+    set_critic(model.critic_target, slopes=[0.0, 0.0], values=[4.0, 6.0])
+    # Targets 1 + 0.5 * min(4, 6) = 3 and 2 (the episode ended); values (0.5, -0.5) and (3, 3)
+    expected = (2.5**2 + 2.5**2) / 2 + (0 + 1) / 2
+    assert model._critic_loss(BATCH).item() == pytest.approx(expected)
+    # The discounts of n-step returns replace gamma: 1 + 0.25 * 4 = 2
+    discounted = BATCH._replace(discounts=th.full((2, 1), 0.25))
+    assert model._critic_loss(discounted).item() == pytest.approx((1.5**2 + 2.5**2) / 2 + (1 + 1) / 2)
+
+
+@pytest.mark.parametrize("target_policy_noise", [0.0, 1e6])
+def test_critic_loss_looks_at_the_next_action(target_policy_noise):
+    model = build(policy_kwargs=LINEAR_CRITIC, gamma=1.0, target_policy_noise=target_policy_noise)
+    set_critic(model.critic, slopes=[0.0, 0.0], values=[0.0, 0.0])
+    set_critic(model.critic_target, slopes=[1.0, 1.0], values=[0.0, 0.0])
+    batch = ReplayBufferSamples(*(value[:1].expand(50, -1) for value in BATCH[:5]))
+    loss = model._critic_loss(batch).item() / 2
+    # Targets are 1 + a: with a on either bound they are 0 or 2, with a mean square between 0 and 4
+    assert 0 < loss < 4
+    if target_policy_noise:
+        assert (loss / 4 * 50) == pytest.approx(round(loss / 4 * 50), abs=1e-3)
+
+
+def test_actor_follows_the_mean_of_the_online_critics():
+    """With critics of slopes 1 and 3 the gradient is 2; the target critics, here broken, have no say."""
+    model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5)
+    model.set_logger(Logger(None, []))
+    set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
+    set_critic(model.critic_target, slopes=[math.nan, math.nan], values=[math.nan, math.nan])
+    assert math.isfinite(model._actor_loss(BATCH).item())
+    logged = model.logger.name_to_value
+    assert logged["train/q_grad"] == pytest.approx(2.0)
+    assert logged["train/entropy"] == pytest.approx(box_entropy(th.tensor(2.0 / 0.5)).item())
+    assert logged["train/ent_coef"] == pytest.approx(0.5)
+    assert all(parameter.grad is None for parameter in model.critic.parameters())
+
+
+@pytest.mark.parametrize("score_target", SCORE_TARGETS)
+def test_actor_loss_by_hand(score_target):
+    """A denoiser that answers 0 leaves a_0 = c_skip a_t, whose distance to the target is the loss."""
+    model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5, score_target=score_target)
+    model.set_logger(Logger(None, []))
+    set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
+    for parameter in model.actor.denoiser.parameters():
+        parameter.data.zero_()
+    batch = ReplayBufferSamples(*(value[:1].expand(50_000, -1) for value in BATCH[:5]))
+    loss = model._actor_loss(batch).item()
+
+    t = th.arange(50_000) % 6
+    noise = th.randn((50_000, 1), generator=th.Generator().manual_seed(1))
+    ratio = 0.25 * 10 ** (t[:, None] / 5)
+    alpha, sigma = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
+    noisy_actions = 0.5 * alpha + sigma * noise
+    if score_target == "box":  # the normal around a_t / alpha, moved by r^2 g / lambda = 4 r^2, on the box
+        target = truncated_normal_mean(noisy_actions / alpha + 4 * ratio**2, ratio)
+    else:  # noise -g / lambda = -4
+        target = (noisy_actions + 4 * sigma) / alpha
+    skip = 0.36 / (0.36 + ratio**2) / alpha
+    out = 0.6 * ratio / (0.36 + ratio**2).sqrt()
+    expected = (((skip * noisy_actions - target) / out) ** 2).mean().item()
+    assert loss == pytest.approx(expected, rel=0.03)

@@ -5,6 +5,7 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actio
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch as th
@@ -184,15 +185,18 @@ class LayerNormCritic(ContinuousCritic):
     """
     SB3's critics with layer normalisation before each activation; the arguments are SB3's, all by keyword.
 
+    The normalisation has no gain and bias of its own: the next layer can learn them.
+
     :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
+        layer_norm: Any = partial(nn.LayerNorm, elementwise_affine=False)
         self.q_networks = []
         for index in range(self.n_critics):
-            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[nn.LayerNorm])
+            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[layer_norm])
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
 

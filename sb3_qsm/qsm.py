@@ -39,7 +39,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "target_policy_noise": (Real, 0, math.inf),
     "actor_lr_decay_updates": (Real, 1, math.inf),
     "stats_window_size": (Integral, 1, math.inf),
-    "verbose": (Integral, 0, 2),
+    "verbose": (Integral, 0, math.inf),
     "seed": (Integral, 0, 2**32 - 1),
 }
 # Accepted type of each other argument that SB3 does not check itself
@@ -49,7 +49,6 @@ TYPES: dict[str, type] = {
     "replay_buffer_kwargs": dict,
     "optimize_memory_usage": bool,
     "policy_kwargs": dict,
-    "tensorboard_log": str,
 }
 
 

@@ -18,3 +18,12 @@ autodoc_member_order = "bysource"
 
 html_theme = "furo"
 html_title = f"sb3_qsm {release}"
+
+
+def escape_bars(app, what, name, obj, options, lines):
+    """Docstrings write absolute values as |x|, which reStructuredText would take for a substitution."""
+    lines[:] = [line.replace("|", r"\|") for line in lines]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape_bars)

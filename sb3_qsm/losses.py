@@ -89,23 +89,31 @@ def box_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Ten
 
 
 def box_target(
-    noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, q_grad: th.Tensor, ent_coef: th.Tensor
+    noisy_actions: th.Tensor,
+    alpha: th.Tensor,
+    sigma: th.Tensor,
+    q_grad: th.Tensor,
+    ent_coef: th.Tensor,
+    max_shift: float = 2.0,
 ) -> th.Tensor:
     """
     Posterior mean of the clean action on the box, with Q to first order (derived in docs/algorithm.md).
 
     exp(g a_0 / lambda) N(a_0; a_t / alpha, r^2) is a normal moved by r^2 g / lambda, truncated to the box; r = sigma / alpha.
-    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy.
+    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. Where Q is
+    curved the first order holds for a few r at most: a longer shift would jump over the maximum, so it is cut.
 
     :param noisy_actions: a_t, shape (B, A)
     :param alpha: share of the action that is left, shape (B, 1)
     :param sigma: standard deviation of the noise, shape (B, 1)
     :param q_grad: dQ/da at :func:`box_gradient_point`, shape (B, A)
     :param ent_coef: temperature lambda, shape ()
+    :param max_shift: longest shift in each dimension, in units of r
     :return: clean actions, in [-1, 1], shape (B, A)
     """
     ratio = sigma / alpha
-    return truncated_normal_mean(noisy_actions / alpha + ratio**2 * q_grad / ent_coef, ratio)
+    shift = (ratio * q_grad / ent_coef).clamp(-max_shift, max_shift)
+    return truncated_normal_mean(noisy_actions / alpha + ratio * shift, ratio)
 
 
 class ScoreTarget(NamedTuple):

@@ -53,7 +53,7 @@ def linear_betas(n_steps: int, beta_min: float = 1e-4, beta_max: float = 2e-2) -
     return th.linspace(scale * beta_min, scale * beta_max, n_steps, dtype=th.float64).clamp(max=0.999)
 
 
-def box_betas(n_steps: int, ratio_min: float = 0.25, ratio_max: float = 2.5) -> th.Tensor:
+def box_betas(n_steps: int, ratio_min: float = 0.1, ratio_max: float = 2.5) -> th.Tensor:
     """
     Geometric noise-to-signal ratios r_t = sigma_t / alpha_t, made for actions in [-1, 1].
 

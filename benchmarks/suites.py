@@ -13,7 +13,7 @@ import yaml
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
 import benchmarks.worlds  # noqa: F401  (registers its environments)
-from benchmarks.algorithms import ALGORITHMS, algorithm_class
+from benchmarks.algorithms import algorithm_class
 
 SUITES = Path(__file__).parent / "suites"
 SUITE_KEYS = ("n_timesteps", "eval_freq", "n_eval_episodes", "seeds", "tasks", "algorithms")

@@ -21,6 +21,10 @@ class MultiGoal(gym.Env):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.position = np.zeros(2, np.float32)
 
+    def point(self) -> np.ndarray:
+        """Where the episode is in a picture: the position."""
+        return self.position
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """
         :param seed: seed of the start position
@@ -60,7 +64,12 @@ class CartPoleSwingUp(gym.Env):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.state = np.zeros(4)
+        self.n_steps = 0
         self.outcome = -1
+
+    def point(self) -> tuple[float, float]:
+        """Where the episode is in a picture: seconds, and half turns from hanging."""
+        return 0.02 * self.n_steps, self.state[2] / np.pi - 1.0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """
@@ -70,7 +79,7 @@ class CartPoleSwingUp(gym.Env):
         """
         super().reset(seed=seed)
         self.state = np.array([0.0, 0.0, np.pi, 0.0]) + 0.05 * self.np_random.standard_normal(4)
-        self.outcome = -1
+        self.n_steps, self.outcome = 0, -1
         return self._observation(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -79,6 +88,7 @@ class CartPoleSwingUp(gym.Env):
         :return: observation, reward, False, False, which way the pole went up
         """
         gravity, cart, pole, half_length, dt = 9.8, 1.0, 0.1, 0.5, 0.02
+        self.n_steps += 1
         x, x_dot, angle, angle_dot = self.state
         force = 10.0 * float(np.clip(action[0], -1.0, 1.0))
         sin, cos = np.sin(angle), np.cos(angle)
@@ -100,6 +110,9 @@ class CartPoleSwingUp(gym.Env):
         x, x_dot, angle, angle_dot = self.state
         return np.array([x, x_dot, np.cos(angle), np.sin(angle), angle_dot], np.float32)
 
+
+# Number of equally good ends of an episode
+N_OUTCOMES = {"MultiGoal-v0": 4, "CartPoleSwingUp-v0": 2}
 
 gym.register("MultiGoal-v0", MultiGoal, max_episode_steps=30)
 gym.register("CartPoleSwingUp-v0", CartPoleSwingUp, max_episode_steps=250)

@@ -1,0 +1,200 @@
+"""From folders of cells to numbers with intervals. The statistics are rliable's (Agarwal et al., 2021, arXiv:2108.13264)."""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from rliable.library import get_interval_estimates
+
+from benchmarks.algorithms import ALGORITHMS
+
+MODES = ("deterministic", "sampled")
+N_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    One finished cell.
+
+    :param folder: where it lies
+    :param meta: content of meta.json
+    :param evaluations: content of evaluations.csv
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+    evaluations: pd.DataFrame
+
+    @property
+    def task(self) -> str:
+        """Environment id."""
+        return self.meta["cell"]["task"]
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the algorithm, with its label."""
+        return self.meta["cell"]["algorithm"]
+
+    @property
+    def name(self) -> str:
+        """Unique within the suite."""
+        return f"{self.task}/{self.algorithm}/{self.folder.name}"
+
+    def rows(self, mode: str) -> pd.DataFrame:
+        """
+        :param mode: "deterministic" or "sampled"
+        :return: the evaluations in this mode, by step
+        """
+        return self.evaluations[self.evaluations["mode"] == mode]
+
+    def curve(self, mode: str) -> np.ndarray:
+        """
+        :param mode: "deterministic" or "sampled"
+        :return: mean return of each evaluation, shape (E,)
+        """
+        return self.rows(mode).filter(regex="^return_").mean(axis=1).to_numpy()
+
+    def outcomes(self, mode: str) -> np.ndarray:
+        """
+        :param mode: "deterministic" or "sampled"
+        :return: which of its equally good ends each episode of each evaluation had, -1 for none, shape (E, episodes)
+        """
+        return self.rows(mode).filter(regex="^outcome_").to_numpy()
+
+
+def read_results(folder: Path) -> list[Result]:
+    """
+    :param folder: folder of one suite
+    :return: its finished cells: by task, algorithm in the order of ``ALGORITHMS``, seed
+    :raises ValueError: if there are none
+    """
+    results = [
+        Result(file.parent, json.loads(file.read_text()), pd.read_csv(file.parent / "evaluations.csv"))
+        for file in folder.glob("*/*/seed*/meta.json")
+    ]
+    if not results:
+        raise ValueError(f"no finished cell in {folder}, expected <task>/<algorithm>/seed<k>/meta.json")
+    order = list(ALGORITHMS)
+    return sorted(
+        results,
+        key=lambda it: (it.task, order.index(it.algorithm.split("-")[0]), it.algorithm, it.meta["cell"]["seed"]),
+    )
+
+
+class Estimate(NamedTuple):
+    """A number, or an array of them, with its 95 % stratified bootstrap interval."""
+
+    value: Any
+    low: Any
+    high: Any
+
+
+def estimate(func: Callable[..., Any], *scores: np.ndarray) -> Estimate:
+    """
+    :param func: from scores to a number or an array
+    :param scores: one matrix of shape (runs, tasks, ...), or two to compare
+    :return: its value and interval
+    """
+    matrices = list(scores) if len(scores) > 1 else scores[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # rliable hands random_state on by a name that arch will drop
+        points, intervals = get_interval_estimates(
+            {"": matrices},
+            lambda *args: np.atleast_1d(func(*args)),
+            reps=N_RESAMPLES,
+            random_state=np.random.RandomState(0),
+        )
+    return Estimate(*(np.squeeze(values) for values in (points[""], *intervals[""])))
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """
+    Interquartile mean over runs and tasks; with fewer than four of them, the mean.
+
+    :param scores: shape (runs, tasks) or (runs, tasks, E)
+    :return: shape () or (E,)
+    """
+    ordered = np.sort(scores.reshape(-1, *scores.shape[2:]), axis=0)
+    cut = len(ordered) // 4
+    return ordered[cut : len(ordered) - cut].mean(axis=0)
+
+
+def profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """
+    Performance profile.
+
+    :param scores: shape (runs, tasks)
+    :param thresholds: shape (N,)
+    :return: share of runs above each threshold, shape (N,)
+    """
+    return (scores[..., None] > thresholds).mean(axis=(0, 1))
+
+
+def scales(results: list[Result], reference: str) -> dict[str, tuple[float, float]]:
+    """
+    What counts as 0 and as 1 in the normalised return of each task: one is the reference's mean final return. Zero is
+    zero, or the untrained reference where its final return is not positive, as no ratio can be taken there.
+
+    :param results: all results
+    :param reference: algorithm to normalise by
+    :return: (zero, one) by task
+    """
+    found = {}
+    for task in dict.fromkeys(it.task for it in results if it.algorithm == reference):
+        curves = np.array([it.curve("deterministic") for it in results if (it.algorithm, it.task) == (reference, task)])
+        one = float(curves[:, -1].mean())
+        found[task] = (0.0 if one > 0 else float(curves[:, 0].mean()), one)
+    return found
+
+
+def normalised(results: list[Result], scale: dict[str, tuple[float, float]], mode: str) -> dict[str, np.ndarray]:
+    """
+    Algorithms that have every task of ``scale``, with the seeds that they have on all of them.
+
+    :param results: all results
+    :param scale: from :func:`scales`
+    :param mode: "deterministic" or "sampled"
+    :return: by algorithm, normalised learning curves of shape (runs, tasks, E)
+    """
+    curves: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for it in results:
+        if it.task in scale:
+            zero, one = scale[it.task]
+            of_seed = curves.setdefault(it.algorithm, {}).setdefault(it.meta["cell"]["seed"], {})
+            of_seed[it.task] = (it.curve(mode) - zero) / (one - zero)
+    complete = {
+        algorithm: [[tasks[task] for task in scale] for tasks in seeds.values() if set(tasks) == set(scale)]
+        for algorithm, seeds in curves.items()
+    }
+    return {algorithm: np.array(runs) for algorithm, runs in complete.items() if runs}
+
+
+def improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """
+    Probability of improvement, as rliable's and many times faster.
+
+    :param ours: final scores, shape (runs, tasks)
+    :param theirs: final scores of another algorithm, shape (their runs, tasks)
+    :return: probability that a run of ours is better, a tie counting half, averaged over tasks
+    """
+    return (0.5 + 0.5 * np.sign(ours[:, None] - theirs)).mean()
+
+
+def spread(outcomes: np.ndarray, n_outcomes: int) -> tuple[float, float, float]:
+    """
+    How many of the equally good ends a policy keeps.
+
+    :param outcomes: index of each episode's end, -1 for none
+    :param n_outcomes: number of equally good ends
+    :return: share of the ends reached at least once; entropy over ends, 1 if uniform; share of episodes that reached one
+    """
+    counts = np.bincount(outcomes[outcomes >= 0], minlength=n_outcomes)
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    entropy = -(shares * np.log(shares)).sum() / np.log(n_outcomes)
+    return float((counts > 0).mean()), float(entropy), float(counts.sum() / outcomes.size)

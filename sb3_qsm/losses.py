@@ -73,7 +73,10 @@ def truncated_normal_mean(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
     decay = 2 * mean.abs() / std**2  # log of the ratio of the densities at the two bounds
     mass = th.special.erfcx(lower * math.sqrt(0.5)) - th.exp(-decay) * th.special.erfcx(upper * math.sqrt(0.5))
     shift = std * math.sqrt(2 / math.pi) * -th.expm1(-decay) / mass
-    return mean.sign() * (mean.abs() - shift).clamp(-1, 1)
+    # Far outside, mean and shift cancel to rounding errors; there the density on the box is an exponential
+    rate = lower / std
+    far = 1 - 1 / rate + 2 / th.expm1(2 * rate)
+    return mean.sign() * th.where(lower > 100, far, mean.abs() - shift).clamp(-1, 1)
 
 
 def box_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor) -> th.Tensor:

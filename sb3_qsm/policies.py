@@ -219,12 +219,8 @@ class DiffusionPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether to share the features extractor between the actor and the critic
     :param layer_norm: Whether the critics normalise each hidden layer
-    :param n_diffusion_steps: Number of denoising steps T
-    :param beta_schedule: Noise levels, see :class:`DiffusionActor`
-    :param sampler: Reverse chain, see :class:`DiffusionActor`
-    :param preconditioning: What the denoiser predicts, see :class:`DiffusionActor`
-    :param denoiser_class: Network to use, see :class:`~sb3_qsm.networks.Denoiser`
-    :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
+    :param diffusion_kwargs: ``n_diffusion_steps``, ``beta_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
+        ``denoiser_kwargs``: see :class:`DiffusionActor`
     """
 
     actor: DiffusionActor
@@ -246,12 +242,7 @@ class DiffusionPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         layer_norm: bool = True,
-        n_diffusion_steps: int = 6,
-        beta_schedule: str | Callable[[int], th.Tensor] = "box",
-        sampler: str | Callable[..., th.Tensor] = "ddpm",
-        preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
-        denoiser_class: type[Denoiser] = MLPDenoiser,
-        denoiser_kwargs: dict[str, Any] | None = None,
+        **diffusion_kwargs: Any,
     ) -> None:
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             optimizer_kwargs = dict(fused=True)  # a third of the time of the loop over parameters, same result
@@ -270,15 +261,8 @@ class DiffusionPolicy(BasePolicy):
         net_args: dict[str, Any] = dict(
             observation_space=observation_space, action_space=action_space, normalize_images=normalize_images
         )
-        self.diffusion_kwargs = dict(
-            n_diffusion_steps=n_diffusion_steps,
-            beta_schedule=beta_schedule,
-            sampler=sampler,
-            preconditioning=preconditioning,
-            denoiser_class=denoiser_class,
-            denoiser_kwargs=denoiser_kwargs,
-        )
-        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **self.diffusion_kwargs)
+        self.diffusion_kwargs = diffusion_kwargs
+        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **diffusion_kwargs)
         self.critic_kwargs = dict(
             net_args,
             net_arch=critic_arch,

@@ -346,7 +346,7 @@ class QSM(OffPolicyAlgorithm):
         :param include: name of parameters that might be excluded but should be included anyway
         :raises ValueError: if a weight is not finite
         """
-        for name, weight in self.policy.state_dict().items():
+        for name, weight in [*self.policy.state_dict().items(), *self.temperature.state_dict().items()]:
             check_finite(f"weight {name}", weight.cpu().numpy(), self.num_timesteps)
         super().save(path, exclude, include)
 

@@ -77,13 +77,23 @@ def test_box_target_is_exact_for_linear_q(ratio, slope):
     noisy_actions = th.linspace(-3, 3, 61)[:, None]
     ent_coef, q_grad = th.tensor(0.2), th.full((61, 1), 0.2 * slope)
     alphas, sigmas = th.full((61, 1), alpha), th.full((61, 1), ratio * alpha)
-    target = box_target(noisy_actions, alphas, sigmas, q_grad, ent_coef)
+    target = box_target(noisy_actions, alphas, sigmas, q_grad, ent_coef, max_shift=math.inf)
     mean, std = noisy_actions[:, 0] / alpha, np.full(61, ratio)
     expected = posterior_mean(mean, std, np.full(61, slope))
     # float32 has seven digits of the location before truncation
     location = np.abs(mean.numpy() + ratio**2 * slope)
     tolerance = 1e-5 + 1e-6 * ratio + 4e-7 * location
     assert (np.abs(target[:, 0].numpy() - expected) <= tolerance).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_box_target_cuts_long_shifts(sign):
+    # r = 0.5: a shift of r^2 g / lambda = 0.25 g / lambda, at most 2 r = 1, reached at g / lambda = 4
+    alpha, sigma = th.full((4, 1), math.sqrt(0.8)), th.full((4, 1), math.sqrt(0.2))
+    slope = sign * th.tensor([[3.0], [4.0], [40.0], [math.inf]])
+    target = box_target(math.sqrt(0.8) * th.full((4, 1), 0.1), alpha, sigma, slope, th.tensor(1.0))
+    expected = posterior_mean(0.1 + sign * np.array([0.75, 1.0, 1.0, 1.0]), np.full(4, 0.5))
+    np.testing.assert_allclose(target[:, 0], expected, atol=1e-5)
 
 
 def test_box_target_for_little_noise():

@@ -347,11 +347,11 @@ def test_actor_loss_by_hand(score_target):
 
     t = th.arange(50_000) % 6
     noise = th.randn((50_000, 1), generator=th.Generator().manual_seed(1))
-    ratio = 0.25 * 10 ** (t[:, None] / 5)
+    ratio = 0.1 * 25 ** (t[:, None] / 5)
     alpha, sigma = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
     noisy_actions = 0.5 * alpha + sigma * noise
-    if score_target == "box":  # the normal around a_t / alpha, moved by r^2 g / lambda = 4 r^2, on the box
-        target = truncated_normal_mean(noisy_actions / alpha + 4 * ratio**2, ratio)
+    if score_target == "box":  # the normal around a_t / alpha, moved by r^2 g / lambda = 4 r^2 or 2 r, on the box
+        target = truncated_normal_mean(noisy_actions / alpha + ratio * (4 * ratio).clamp(max=2), ratio)
     else:  # noise -g / lambda = -4
         target = (noisy_actions + 4 * sigma) / alpha
     skip = 0.36 / (0.36 + ratio**2) / alpha

@@ -32,11 +32,14 @@ def test_linear_betas():
 
 def test_box_betas():
     # Geometric from 0.25 to 2.5, ratio 10^(1/5) = 1.58489319
-    schedule = NoiseSchedule(box_betas(6))
+    schedule = NoiseSchedule(box_betas(6, ratio_min=0.25))
     ratios = [0.25, 0.39622330, 0.62797161, 0.99526793, 1.57739336, 2.5]
     np.testing.assert_allclose(schedule.sigma / schedule.alpha, ratios, rtol=1e-6)
     # 1 - abar_0 = r^2 / (1 + r^2) = 0.0625 / 1.0625
     np.testing.assert_allclose(schedule.betas[0], 1 / 17, rtol=1e-6)
+    # By default from 0.1; 0.5 is the geometric mean
+    schedule = NoiseSchedule(box_betas(3))
+    np.testing.assert_allclose(schedule.sigma / schedule.alpha, [0.1, 0.5, 2.5], rtol=1e-6)
 
 
 def test_levels_by_hand():
@@ -78,7 +81,7 @@ def test_add_noise_by_hand():
 
 @pytest.mark.parametrize("t", [0, 3, 5])
 def test_add_noise_moments(t):
-    schedule = NoiseSchedule(box_betas(6))
+    schedule = NoiseSchedule(box_betas(6, ratio_min=0.25))
     noise = th.randn((100_000, 2), generator=th.Generator().manual_seed(0))
     noisy = schedule.add_noise(th.tensor([[0.7, -0.2]]).expand_as(noise), noise, th.full((100_000,), t))
     ratio = 0.25 * 10 ** (t / 5)

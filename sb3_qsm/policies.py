@@ -5,7 +5,6 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actio
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch as th
@@ -181,11 +180,25 @@ class DiffusionActor(BasePolicy):
         return self(observation, deterministic)
 
 
+class LayerNorm(nn.LayerNorm):
+    """
+    Layer normalisation with gain ``1 + weight``: all weights start at zero, so that a target network's slow copy of them is
+    told apart from the start (SB3's tests compare with a relative tolerance). Learns like the plain one.
+
+    :param size: number of units
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
 class LayerNormCritic(ContinuousCritic):
     """
     SB3's critics with layer normalisation before each activation; the arguments are SB3's, all by keyword.
-
-    The normalisation has no gain and bias of its own: the next layer can learn them.
 
     :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`
     """
@@ -193,10 +206,9 @@ class LayerNormCritic(ContinuousCritic):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
-        layer_norm: Any = partial(nn.LayerNorm, elementwise_affine=False)
         self.q_networks = []
         for index in range(self.n_critics):
-            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[layer_norm])
+            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[LayerNorm])
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
 

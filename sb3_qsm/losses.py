@@ -83,10 +83,7 @@ def box_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Ten
     """
     Where the box-aware target takes the gradient: the mean of a_0 given a_t when Q is flat, always inside the box.
 
-    :param noisy_actions: a_t, shape (B, A)
-    :param alpha: share of the action that is left, shape (B, 1)
-    :param sigma: standard deviation of the noise, shape (B, 1)
-    :return: actions, shape (B, A)
+    Arguments and result as for :func:`published_gradient_point`.
     """
     return truncated_normal_mean(noisy_actions / alpha, sigma / alpha)
 
@@ -105,12 +102,8 @@ def box_target(
     exp(g a_0 / lambda) N(a_0; a_t / alpha, r^2) is a normal moved by r^2 g / lambda, truncated to the box; r = sigma / alpha.
     As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. Where Q is
     curved the first order holds for a few r at most: a longer shift would jump over the maximum, so it is cut.
+    Arguments as for :func:`published_target`, with the gradient at :func:`box_gradient_point`.
 
-    :param noisy_actions: a_t, shape (B, A)
-    :param alpha: share of the action that is left, shape (B, 1)
-    :param sigma: standard deviation of the noise, shape (B, 1)
-    :param q_grad: dQ/da at :func:`box_gradient_point`, shape (B, A)
-    :param ent_coef: temperature lambda, shape ()
     :param max_shift: longest shift in each dimension, in units of r
     :return: clean actions, in [-1, 1], shape (B, A)
     """

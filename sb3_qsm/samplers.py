@@ -50,12 +50,7 @@ def ddim_sample(
     """
     Deterministic sampling (Song et al., 2021, arXiv:2010.02502, Eq. 12 with zero variance): all randomness is in ``x_T``.
 
-    :param denoise_fn: guess of the clean action, (x_t of shape (B, A), level t) -> (B, A)
-    :param schedule: noise levels
-    :param x_T: start of the chain, shape (B, A)
-    :param noise: not used; samplers are interchangeable
-    :param clip_range: the guess is clipped to [-clip_range, clip_range]
-    :return: actions, shape (B, A)
+    Arguments and result as for :func:`ddpm_sample`; ``noise`` is not used, it makes samplers interchangeable.
     """
     x_t = x_T
     for t in reversed(range(schedule.n_steps)):
@@ -74,12 +69,7 @@ def running_clip_sample(
     """
     Ancestral sampling as in the QSM authors' code: variance beta_t, the running x_t is clipped, the guess of x_0 is not.
 
-    :param denoise_fn: guess of the clean action, (x_t of shape (B, A), level t) -> (B, A)
-    :param schedule: noise levels
-    :param x_T: start of the chain, shape (B, A)
-    :param noise: standard normal for each step, shape (T, B, A); the last step (t = 0) adds none
-    :param clip_range: x_t is clipped to [-clip_range, clip_range] after each step
-    :return: actions, shape (B, A)
+    Arguments and result as for :func:`ddpm_sample`; ``clip_range`` bounds x_t after each step.
     """
     x_t = x_T
     for t in reversed(range(schedule.n_steps)):

@@ -29,15 +29,15 @@ from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule
 
 def lookup(argument: str, value: Any, choices: dict[str, Any]) -> Any:
     """
-    The choice that goes by a name; a callable stands for itself.
+    The choice that goes by a name; where functions are chosen, a function stands for itself.
 
     :param argument: name of the argument, for the error
-    :param value: a key of ``choices``, or a callable
+    :param value: a key of ``choices``, or a function
     :param choices: what can be chosen
     :return: the choice
     :raises ValueError: if ``value`` is neither
     """
-    if callable(value):
+    if callable(value) and all(map(callable, choices.values())):
         return value
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} must be one of {sorted(choices)}, got {value!r}")
@@ -90,7 +90,7 @@ class DiffusionActor(BasePolicy):
             normalize_images=normalize_images,
             squash_output=True,
         )
-        if not isinstance(n_diffusion_steps, int) or n_diffusion_steps < 1:
+        if not isinstance(n_diffusion_steps, int) or isinstance(n_diffusion_steps, bool) or n_diffusion_steps < 1:
             raise ValueError(f"n_diffusion_steps must be an integer of at least 1, got {n_diffusion_steps!r}")
         self.net_arch = net_arch
         self.features_dim = features_dim
@@ -105,6 +105,10 @@ class DiffusionActor(BasePolicy):
         self.action_dim = get_action_dim(action_space)
         self.sampler = lookup("sampler", sampler, SAMPLERS)
         self.noise_schedule = NoiseSchedule(lookup("beta_schedule", beta_schedule, BETA_SCHEDULES)(n_diffusion_steps))
+        if self.noise_schedule.n_steps != n_diffusion_steps:
+            raise ValueError(
+                f"beta_schedule must return n_diffusion_steps={n_diffusion_steps} betas, got {self.noise_schedule.n_steps}"
+            )
         coefficients = lookup("preconditioning", preconditioning, PRECONDITIONINGS)(
             self.noise_schedule.alpha, self.noise_schedule.sigma
         )
@@ -268,6 +272,8 @@ class DiffusionPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
+        if n_critics < 1:
+            raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
         self.net_arch = [256, 256] if net_arch is None else net_arch
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         net_args: dict[str, Any] = dict(

@@ -5,6 +5,7 @@ Q-score matching as an SB3 off-policy algorithm.
 import io
 import math
 import pathlib
+import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -36,7 +37,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "gradient_steps": (Integral, -1, math.inf),
     "n_steps": (Integral, 1, math.inf),
     "target_update_interval": (Integral, 1, math.inf),
-    "target_policy_noise": (Real, 0, math.inf),
+    "target_policy_noise": (Real, 0, sys.float_info.max),
     "actor_lr_decay_updates": (Real, 1, math.inf),
     "stats_window_size": (Integral, 1, math.inf),
     "verbose": (Integral, 0, math.inf),
@@ -45,7 +46,6 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
 # Accepted type of each other argument that SB3 does not check itself
 TYPES: dict[str, type] = {
     "action_noise": ActionNoise,
-    "replay_buffer_class": type,
     "replay_buffer_kwargs": dict,
     "optimize_memory_usage": bool,
     "policy_kwargs": dict,
@@ -173,6 +173,8 @@ class QSM(OffPolicyAlgorithm):
         self._check_arguments()
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
         super()._setup_model()
+        if self.train_freq.frequency < 1:  # type: ignore[union-attr]
+            raise ValueError(f"train_freq must be at least 1, got {self.train_freq!r}")
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
@@ -182,11 +184,16 @@ class QSM(OffPolicyAlgorithm):
         """
         :raises ValueError: for the first constructor argument of a wrong type or out of its range
         """
+        if not hasattr(self, "action_space"):
+            raise ValueError("env must be an environment or the id of one, got None")
+        buffer_class = self.replay_buffer_class
+        if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, ReplayBuffer)):
+            raise ValueError(f"replay_buffer_class must be a subclass of ReplayBuffer, got {buffer_class!r}")
         for name, wanted in TYPES.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, wanted):
                 raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}")
-        numbers = NUMBERS if callable(self.learning_rate) else NUMBERS | {"learning_rate": (Real, 0, math.inf)}
+        numbers = NUMBERS if callable(self.learning_rate) else NUMBERS | {"learning_rate": (Real, 0, sys.float_info.max)}
         for name, (kind, low, high) in numbers.items():
             value = getattr(self, name)
             if value is None and name == "seed":
@@ -265,6 +272,7 @@ class QSM(OffPolicyAlgorithm):
         target = self._score_target.target(noisy_actions, alpha, sigma, q_grad, ent_coef)
 
         entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
+        check_finite("entropy", entropy.item(), self.num_timesteps)
         self.logger.record_mean("train/ent_coef_loss", self.temperature.update(entropy))
         self.logger.record_mean("train/ent_coef", ent_coef.item())
         self.logger.record_mean("train/entropy", entropy.item())

@@ -20,11 +20,13 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from filelock import FileLock
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.algorithms import algorithm_class
@@ -54,13 +56,14 @@ def make_model(cell: Cell) -> OffPolicyAlgorithm:
     env = make_vec_env(lambda: make_env(cell), n_envs=kwargs.pop("n_envs", 1))
     if "policy_kwargs" in kwargs:
         kwargs["policy_kwargs"] = read_policy_kwargs(kwargs)
-    noise, sigma = kwargs.pop("noise_type", None), np.full(env.action_space.shape, kwargs.pop("noise_std", 0.0))
+    noise = kwargs.pop("noise_type", None)
+    sigma = kwargs.pop("noise_std", 0.0) * np.ones(get_action_dim(env.action_space))
     if noise is not None:
         kwargs["action_noise"] = NOISE[noise](np.zeros_like(sigma), sigma)
     return algorithm_class(cell.algorithm)(env=env, seed=cell.seed, **kwargs)
 
 
-def evaluate(model: OffPolicyAlgorithm, envs: VecEnv, deterministic: bool) -> list[dict[str, Any]]:
+def evaluate(model: BaseAlgorithm, envs: VecEnv, deterministic: bool) -> list[dict[str, Any]]:
     """
     One episode in each environment, from the same start states at every call. Leaves the random numbers of the
     training as they were, so that evaluating more often does not change what is learnt.
@@ -181,7 +184,7 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
     recorder = Recorder(cell, folder)  # before the model, which sets the seeds: making environments draws random numbers
     model = make_model(cell)
     model.set_logger(configure(str(folder), ["csv"]))
-    model.learn(cell.n_timesteps, callback=recorder, log_interval=None)
+    model.learn(cell.n_timesteps, callback=recorder, log_interval=None)  # type: ignore[arg-type]
     training_s, evaluation_s = recorder.training_s, recorder.evaluation_s
     model.logger.close()
     model.save(folder / "model")

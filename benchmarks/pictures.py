@@ -1,6 +1,7 @@
 """Pictures of what a policy does in a world with several good answers."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import gymnasium as gym
 import matplotlib.pyplot as plt
@@ -32,9 +33,10 @@ def q_values(model: OffPolicyAlgorithm, observation: np.ndarray, actions: np.nda
     :return: mean of the critics (and of their quantiles), shape (N,)
     """
     model.policy.set_training_mode(False)
+    critic: Any = model.policy.critic
     observations = th.as_tensor(np.repeat(observation[None], len(actions), 0), device=model.device)
     with th.no_grad():
-        values = model.critic(observations, th.as_tensor(actions, dtype=th.float32, device=model.device))  # type: ignore[operator]
+        values = critic(observations, th.as_tensor(actions, dtype=th.float32, device=model.device))
     values = th.stack(values) if isinstance(values, tuple) else values.flatten(1).T
     return values.reshape(-1, len(actions)).mean(0).cpu().numpy()
 
@@ -45,7 +47,7 @@ def reverse_chain(model: OffPolicyAlgorithm, observation: np.ndarray) -> list[np
     :param observation: one observation
     :return: scaled noisy actions from the start of the chain to its end, T + 1 arrays of shape (N, A)
     """
-    actor = model.policy.actor
+    actor: Any = model.policy.actor
     observations = th.as_tensor(np.repeat(observation[None], N_ACTIONS, 0), device=model.device)
     noise = th.randn(1 + actor.noise_schedule.n_steps, N_ACTIONS, actor.action_dim, device=model.device)
     seen = []
@@ -70,14 +72,14 @@ def draw_actions(ax: Axes, model: OffPolicyAlgorithm, observation: np.ndarray, a
     """
     axis = np.linspace(-1, 1, 61)
     if actions.shape[1] == 1:
-        ax.hist(actions[:, 0], bins=np.linspace(-limit, limit, 41), density=True, color="tab:orange", alpha=0.7)
+        ax.hist(actions[:, 0], bins=list(np.linspace(-limit, limit, 41)), density=True, color="tab:orange", alpha=0.7)
         q_axis = ax.twinx()
         q_axis.plot(axis, q_values(model, observation, axis[:, None]), color="black", lw=1)
         q_axis.set(yticks=[])
     else:
         grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
         ax.contourf(axis, axis, q_values(model, observation, grid).reshape(61, 61), levels=20, cmap="Greys")
-        ax.scatter(*actions.T, s=4, color="tab:orange", alpha=0.6, lw=0)
+        ax.scatter(actions[:, 0], actions[:, 1], s=4, color="tab:orange", alpha=0.6, lw=0)
         ax.set(ylim=(-limit, limit), aspect="equal")
     ax.set(xlim=(-limit, limit))
     ax.grid(visible=False)
@@ -89,15 +91,18 @@ def draw_paths(ax: Axes, model: OffPolicyAlgorithm, task: str) -> None:
     :param model: trained model
     :param task: environment id of a world
     """
-    env = gym.make(task)
-    for i in range(N_EPISODES):
-        observation, info = env.reset(seed=EVALUATION_SEED + i)
-        path, over = [env.unwrapped.point()], False  # type: ignore[attr-defined]
-        while not over:
-            observation, _, terminated, truncated, info = env.step(model.predict(observation)[0])
-            path.append(env.unwrapped.point())  # type: ignore[attr-defined]
-            over = terminated or truncated
-        ax.plot(*np.array(path).T, color=COLORS[info["outcome"]], lw=0.8, alpha=0.6)
+    envs = [gym.make(task) for _ in range(N_EPISODES)]
+    observations = np.array([env.reset(seed=EVALUATION_SEED + i)[0] for i, env in enumerate(envs)])
+    paths = [[env.unwrapped.point()] for env in envs]  # type: ignore[attr-defined]
+    running = list(range(N_EPISODES))
+    while running:
+        actions, _ = model.predict(observations[running])
+        for i, action in zip(tuple(running), actions, strict=True):
+            observations[i], _, terminated, truncated, info = envs[i].step(action)
+            paths[i].append(envs[i].unwrapped.point())  # type: ignore[attr-defined]
+            if terminated or truncated:
+                running.remove(i)
+                ax.plot(*np.array(paths[i]).T, color=COLORS[info["outcome"]], lw=0.8, alpha=0.6)
     if task == "MultiGoal-v0":
         axis = np.linspace(-7, 7, 71)
         places = np.stack(np.meshgrid(axis, axis), axis=-1)

@@ -209,7 +209,7 @@ def notes(results: list[Result], folder: Path, scale: dict[str, tuple[float, flo
     :param reference: algorithm to normalise by
     :return: what a reader must know before believing a number
     """
-    few = sorted({f"{algorithm} on {task} ({len(runs)})" for task, algorithm, runs in by_task(results) if len(runs) < 5})
+    seeds = [len(runs) for _, _, runs in by_task(results)]
     left_out = sorted({it.algorithm for it in results} - set(normalised(results, scale, "deterministic")))
     several = {key: sorted({str(it.meta[key]) for it in results}) for key in ("git_revision", "device")}
     machines = sorted({it.meta["machine"]["cpu"] for it in results})
@@ -219,13 +219,16 @@ def notes(results: list[Result], folder: Path, scale: dict[str, tuple[float, flo
         f"Normalised return: 1 is {reference}'s mean final return; 0 is "
         + ", ".join(f"{zero:.0f} on {task} (1 is {one:.0f})" for task, (zero, one) in scale.items())
         + ".",
-        f"Intervals: 95 %, stratified bootstrap over seeds, {N_RESAMPLES} resamples. IQM: interquartile mean (the mean for fewer than four).",
+        f"Intervals: 95 %, stratified bootstrap over seeds, {N_RESAMPLES} resamples.",
+        "IQM: interquartile mean; with fewer than four scores, the mean.",
         f"Machines: {', '.join(machines)}. Devices: {', '.join(several['device'])}.",
         f"Code: {', '.join(several['git_revision'])}"
         + (" (-dirty: with changes not committed)." if "dirty" in str(several) else "."),
     ]
-    if few:
-        said.append(f"Fewer than 5 seeds, intervals are too narrow to trust: {', '.join(few)}.")
+    if min(seeds) < 5:
+        said.append(
+            f"Seeds per task and algorithm: {min(seeds)} to {max(seeds)}. With fewer than 5, intervals are too narrow."
+        )
     if left_out:
         said.append(f"Without all of {', '.join(scale)}, hence in no aggregate: {', '.join(left_out)}.")
     failed = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*/seed*/error.txt"))
@@ -281,20 +284,25 @@ def write_report(folder: Path) -> Path:
         "cost": ("Cost", cost_table(results)),
         "cells": ("Cells", cell_table(results)),
     }
-    page = [f"<p class='note'>{len(results)} cells, seeds link to them.</p>"]
-    page += [f"<p class='note'>{html.escape(note)}</p>" for note in notes(results, folder, scale, reference)]
+    said = [
+        f"{len(results)} cells; the seeds in the last column of each table link to them.",
+        *notes(results, folder, scale, reference),
+    ]
+    page = [f"<p class='note'>{html.escape(note)}</p>" for note in said]
+    pictures = []
     for name, caption, figure in draw(results, scale, reference):
         figure.savefig(out / f"{name}.png", dpi=130)
         plt.close(figure)
         image = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         caption = html.escape(caption)
-        page.append(
+        pictures.append(
             f'<figure><img src="data:image/png;base64,{image}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
         )
     for name, (title, table) in tables.items():
         if table:
             save_table(table, name, out)
             page.append(f"<h2>{title}</h2>\n{as_html(table)}")
+        page += pictures if name == "aggregate" else []
     title = html.escape(f"Benchmark {folder.resolve().name}")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
     (out / "index.html").write_text("\n".join([head, *page, "</html>\n"]))

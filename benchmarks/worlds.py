@@ -98,7 +98,7 @@ class CartPoleSwingUp(gym.Env):
         x_dot, angle_dot = x_dot + dt * x_acc, angle_dot + dt * angle_acc
         x, angle = x + dt * x_dot, angle + dt * angle_dot
         if abs(x) > 2.4:  # the walls do not give way
-            x, x_dot = np.sign(x) * 2.4, 0.0
+            x, x_dot = float(np.sign(x)) * 2.4, 0.0
         self.state = np.array([x, x_dot, angle, angle_dot])
         # The angle is not wrapped: it began near pi, upright is 0 on one way and 2 pi on the other.
         if self.outcome == -1 and np.cos(angle) > np.cos(np.pi / 6):
@@ -114,5 +114,5 @@ class CartPoleSwingUp(gym.Env):
 # Number of equally good ends of an episode
 N_OUTCOMES = {"MultiGoal-v0": 4, "CartPoleSwingUp-v0": 2}
 
-gym.register("MultiGoal-v0", MultiGoal, max_episode_steps=30)
-gym.register("CartPoleSwingUp-v0", CartPoleSwingUp, max_episode_steps=250)
+gym.register("MultiGoal-v0", "benchmarks.worlds:MultiGoal", max_episode_steps=30)
+gym.register("CartPoleSwingUp-v0", "benchmarks.worlds:CartPoleSwingUp", max_episode_steps=250)

@@ -1,6 +1,9 @@
+import base64
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +21,20 @@ from gymnasium.utils.env_checker import check_env
 pytest.importorskip("rliable")
 pytest.importorskip("sb3_contrib")
 
+from rliable.metrics import aggregate_iqm, probability_of_improvement
+
 from benchmarks.__main__ import main
 from benchmarks.algorithms import ALGORITHMS
 from benchmarks.cells import make_model, run_cell
 from benchmarks.executors import ROOT, run_ray
+from benchmarks.pictures import START, reverse_chain, world_pictures
+from benchmarks.report import write_report
+from benchmarks.results import estimate, improvement, iqm, normalised, profile, read_results, scales, spread
 from benchmarks.suites import SUITES, read_suite, select
-from benchmarks.worlds import GOALS
+from benchmarks.worlds import GOALS, N_OUTCOMES
+from sb3_qsm import QSM
 
+FIGURES = ["curves-steps", "curves-sampled", "curves-time", "efficiency", "aggregate", "profiles", "probability"]
 SUITE = {
     "n_timesteps": 250,
     "eval_freq": 100,
@@ -88,7 +98,7 @@ def test_bad_suite_is_refused(tmp_path, changes, message):
 def test_missing_key_is_refused(tmp_path):
     file = tmp_path / "tiny.yml"
     file.write_text(yaml.safe_dump({key: value for key, value in SUITE.items() if key != "seeds"}))
-    with pytest.raises(ValueError, match="tiny.yml lacks 'seeds'"):
+    with pytest.raises(ValueError, match=r"tiny\.yml lacks 'seeds'"):
         read_suite(str(file))
 
 
@@ -107,7 +117,7 @@ def test_bad_command_line_is_refused(tmp_path, arguments, message):
 
 
 def test_unknown_suite_is_refused():
-    with pytest.raises(ValueError, match="unknown suite 'mujoco', valid: .*mujoco-100k"):
+    with pytest.raises(ValueError, match=r"unknown suite 'mujoco', valid: .*mujoco-100k"):
         read_suite("mujoco")
 
 
@@ -242,3 +252,202 @@ def test_ray_runs_the_cells_of_a_killed_node_again(tmp_path):
     # The same numbers as a process on this machine, apart from the seconds.
     there, here = (rows(root / cells[-1].folder / "evaluations.csv") for root in (tmp_path, tmp_path / "local"))
     assert [{**row, "training_s": ""} for row in there] == [{**row, "training_s": ""} for row in here]
+
+
+# === Worlds ===
+
+
+@pytest.mark.parametrize("world", N_OUTCOMES)
+def test_worlds_follow_gymnasium(world):
+    check_env(gym.make(world).unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize(
+    ("move", "expected"),
+    [(lambda position: np.zeros(2), -718), (lambda position: 0.5 * np.array([1.0, 0.0]), -116)],
+    ids=["standing still", "straight line at speed 0.5"],
+)
+def test_multi_goal_reference_returns(move, expected):
+    env = gym.make("MultiGoal-v0")
+    returns = []
+    for seed in range(200):
+        position, _ = env.reset(seed=seed)
+        # Towards the right-hand goal, but from where it is the nearest: the world is symmetric
+        env.unwrapped.position = position = np.abs(position)[np.argsort(-np.abs(position))]
+        total, over = 0.0, False
+        while not over:
+            position, reward, terminated, truncated, _ = env.step(move(position).astype(np.float32))
+            total, over = total + reward, terminated or truncated
+        returns.append(total)
+    assert np.mean(returns) == pytest.approx(expected, abs=2)
+
+
+def test_multi_goal_by_hand():
+    env = gym.make("MultiGoal-v0").unwrapped
+    for goal, direction in enumerate(GOALS / 5):
+        env.reset(options={"position": 3.5 * direction})
+        _, reward, terminated, _, info = env.step(0.5 * direction)  # to 4, distance 1: not yet
+        assert (reward, terminated, info["outcome"]) == (pytest.approx(-30 * 0.25 - 1), False, -1)
+        _, reward, terminated, _, info = env.step(2 * direction)  # clipped to 1: to 5
+        assert (reward, terminated, info["outcome"]) == (pytest.approx(-30 + 10), True, goal)
+
+
+def test_swing_up_is_the_same_either_way():
+    ends = []
+    for side in (-1.0, 1.0):
+        env = gym.make("CartPoleSwingUp-v0").unwrapped
+        env.reset(seed=0)
+        env.state = np.array([0.0, 0.0, np.pi, 0.0])
+        total = 0.0
+        for _ in range(250):
+            angle_dot = env.state[3] or side
+            _, reward, _, _, info = env.step(np.array([-np.sign(angle_dot * np.cos(env.state[2]))], np.float32))  # pump energy
+            total += reward
+            if info["outcome"] >= 0:
+                break
+        ends.append((total, info["outcome"]))
+    (left_return, left), (right_return, right) = ends
+    assert {left, right} == {0, 1}
+    assert left_return == pytest.approx(right_return)
+
+
+def test_pole_keeps_its_energy():
+    # Frictionless and not pushed: what it falls it climbs again, on the side it came from and no further
+    env = gym.make("CartPoleSwingUp-v0").unwrapped
+    env.reset(seed=0)
+    env.state = np.array([0.0, 0.0, np.pi / 2, 0.0])
+    angles = []
+    for _ in range(250):
+        env.step(np.zeros(1, np.float32))
+        angles.append(env.state[2])
+    assert max(angles) == pytest.approx(3 * np.pi / 2, abs=0.1)
+    assert min(angles) == pytest.approx(np.pi / 2, abs=0.1)
+
+
+# === Statistics and report ===
+
+
+def test_statistics_by_hand():
+    scores = np.array([[0.0], [1.0], [2.0], [30.0]])
+    assert iqm(scores) == 1.5
+    assert iqm(scores) == pytest.approx(aggregate_iqm(scores))
+    ours, theirs = np.array([[1.0, 5.0], [3.0, 5.0]]), np.array([[2.0, 5.0], [0.0, 9.0]])
+    assert improvement(ours, theirs) == pytest.approx((3 / 4 + (0.5 + 0.5) / 4) / 2)
+    untied = np.random.default_rng(0).normal(size=(2, 4, 3))
+    assert improvement(*untied) == pytest.approx(probability_of_improvement(*untied))
+    assert profile(scores, np.array([-1.0, 1.0, 40.0])).tolist() == [1.0, 0.5, 0.0]
+    value, low, high = estimate(iqm, scores)
+    assert value == 1.5 and low < 1.5 < high
+    assert estimate(iqm, scores) == (value, low, high), "the same report every time"
+
+
+def test_spread_by_hand():
+    assert spread(np.array([0, 1, 2, 3]), 4) == pytest.approx((1.0, 1.0, 1.0))
+    assert spread(np.array([2, 2, -1, -1]), 4) == pytest.approx((0.25, 0.0, 0.5))
+    assert spread(np.array([0, 1, 0, 1]), 4) == pytest.approx((0.5, 0.5, 1.0))
+    assert spread(np.array([-1, -1]), 4) == (0.0, 0.0, 0.0)
+
+
+def write_result(out: Path, task: str, algorithm: str, seed: int, returns: tuple[float, float]) -> None:
+    """A finished cell with two evaluations of two episodes, ``returns`` on average."""
+    folder = out / "tiny" / task / algorithm / f"seed{seed}"
+    folder.mkdir(parents=True)
+    lines = ["step,training_s,mode,return_0,return_1"]
+    for step, value in zip((0, 100), returns, strict=True):
+        lines += [f"{step},{step / 10},{mode},{value - 1},{value + 1}" for mode in ("sampled", "deterministic")]
+    (folder / "evaluations.csv").write_text("\n".join(lines))
+    cell = {"task": task, "algorithm": algorithm, "seed": seed, "n_eval_episodes": 2, "hyperparams": {"policy": "MlpPolicy"}}
+    meta = {
+        "cell": cell,
+        "command": f"train {task} {algorithm} {seed}",
+        "git_revision": "abc",
+        "device": "cpu",
+        "started": "now",
+    }
+    meta |= {
+        "training_s": 10.0,
+        "steps_per_s": 10.0,
+        "peak_memory_mb": 300,
+        "machine": {"cpu": "any", "threads": 1},
+        "versions": {},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two tasks, the second with negative returns; twice SAC on the first, half-way better on the second."""
+    for seed in (0, 1):
+        write_result(tmp_path, "Up-v0", "sac", seed, (0.0, 90.0 + 20 * seed))
+        write_result(tmp_path, "Up-v0", "qsm", seed, (0.0, 200.0))
+        write_result(tmp_path, "Down-v0", "sac", seed, (-1000.0, -200.0))
+        write_result(tmp_path, "Down-v0", "qsm", seed, (-1000.0, 200.0))
+    write_result(tmp_path, "Up-v0", "td3", 0, (0.0, 50.0))
+    return tmp_path / "tiny"
+
+
+def test_scores_are_normalised_by_sac(results):
+    found = read_results(results)
+    scale = scales(found, "sac")
+    assert scale == {"Down-v0": (-1000.0, -200.0), "Up-v0": (0.0, 100.0)}
+    finals = {name: curves[..., -1].tolist() for name, curves in normalised(found, scale, "deterministic").items()}
+    assert finals == {"qsm": [[1.5, 2.0], [1.5, 2.0]], "sac": [[1.0, 0.9], [1.0, 1.1]]}, "td3 lacks a task"
+
+
+def test_report_traces_every_number(results):
+    page = write_report(results)
+    with open(page.parent / "aggregate.csv", newline="") as lines:
+        qsm, sac = list(csv.DictReader(lines))[:2]
+    assert (qsm["algorithm"], float(qsm["final"]), float(qsm["P(better than sac)"])) == ("qsm", 1.75, 1.0)
+    assert float(sac["final"]) == 1.0
+    assert qsm["cells"].split() == [f"{task}/qsm/seed{seed}" for task in ("Down-v0", "Up-v0") for seed in (0, 1)]
+    tasks = {(row["task"], row["algorithm"], row["actions"]): row for row in rows(page.parent / "tasks.csv")}
+    assert tasks["Up-v0", "qsm", "deterministic"]["steps to sac's end"] == "100"
+    assert tasks["Up-v0", "td3", "deterministic"]["steps to sac's end"] == "-"
+    text = page.read_text()
+    links = set(re.findall(r'href="#([^"]+)"', text))
+    assert links == set(re.findall(r'<tr id="([^"]+)"', text)) and len(links) == 9
+    assert all(f"train {task} {name} {seed}" in text for task, name, seed in [("Up-v0", "td3", 0), ("Down-v0", "qsm", 1)])
+    assert not re.search(r'(src|href)="(?!data:|#)', text), "self-contained"
+    images = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([^\"]+)", text)]
+    assert images == [(page.parent / f"{name}.png").read_bytes() for name in FIGURES]
+
+
+def test_report_opens_in_a_browser(results):
+    browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("needs chromium")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    script = "<script>document.title = [...document.images].filter(i => i.complete && i.naturalWidth > 300).length</script>"
+    page = write_report(results)
+    page.write_text(page.read_text() + script)
+    dom = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert f"<title>{len(FIGURES)}</title>" in dom, "every image is decoded and shown"
+
+
+def test_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no finished cell in .*expected"):
+        write_report(tmp_path)
+
+
+def test_pictures_of_a_trained_world(tmp_path):
+    algorithms = {name: {"default": {"policy": "MlpPolicy", "batch_size": 8}} for name in ("qsm", "td3", "tqc")}
+    worlds = list(N_OUTCOMES)
+    suite = write_suite(tmp_path, tasks=worlds, algorithms=algorithms, seeds=[0], n_timesteps=120)
+    for cell in read_suite(suite):
+        assert run_cell(cell, tmp_path)
+    results = read_results(tmp_path / "tiny")
+    names = [name for name, _, _ in world_pictures(results)]
+    assert names == [f"{world}-{kind}" for world in worlds for kind in ("paths", "actions", "chain")]
+    assert results[0].outcomes("sampled").shape == (3, 2)
+
+
+def test_reverse_chain_ends_in_what_the_policy_does(tmp_path):
+    model = QSM("MlpPolicy", "MultiGoal-v0", seed=0, learning_starts=10).learn(30)
+    th.manual_seed(0)
+    chain = reverse_chain(model, START["MultiGoal-v0"])
+    th.manual_seed(0)
+    noise = th.randn(1 + len(chain) - 1, *chain[0].shape)
+    actions = model.policy.actor.sample(th.zeros(len(chain[0]), 2), noise).detach().numpy()
+    assert np.array_equal(chain[0], noise[0].numpy()) and np.array_equal(chain[-1], actions)
+    assert len(chain) == 1 + model.policy.actor.noise_schedule.n_steps

@@ -17,7 +17,10 @@ from benchmarks.algorithms import algorithm_class
 
 SUITES = Path(__file__).parent / "suites"
 SUITE_KEYS = ("n_timesteps", "eval_freq", "n_eval_episodes", "seeds", "tasks", "algorithms")
-NOISE: dict[str, Callable[..., ActionNoise]] = {"normal": NormalActionNoise, "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise}
+NOISE: dict[str, Callable[..., ActionNoise]] = {
+    "normal": NormalActionNoise,
+    "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise,
+}
 # Keys of rl-zoo that are no constructor arguments. The suite sets n_timesteps: every algorithm gets the same budget.
 ZOO_KEYS = {"n_timesteps", "n_envs", "env_wrapper", "noise_type", "noise_std"}
 RUNNER_KEYS = {"self", "env", "seed", "verbose", "tensorboard_log", "stats_window_size", "_init_setup_model"}

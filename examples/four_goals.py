@@ -51,7 +51,7 @@ def learnt_q(model, actions):
 def main(steps=2500, path="four_goals.png"):
     axis = np.linspace(-1, 1, 81)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 5.2), layout="constrained", sharey=True)
     for panel, algorithm in zip(panels, (QSM, SAC), strict=True):
         model = algorithm("MlpPolicy", FourGoals(), learning_rate=1e-3, ent_coef="auto_0.1", seed=0, device="cpu")
         model.learn(steps, progress_bar=True)

@@ -159,7 +159,8 @@ def text(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(it.name if isinstance(it, Result) else str(it) for it in value)
     if isinstance(value, float | np.floating | np.ndarray):
-        return f"{float(value):.0f}" if abs(value) >= 1000 else f"{float(value):.3g}"
+        number = float(value)
+        return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
     return str(value)
 
 

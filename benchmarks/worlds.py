@@ -89,7 +89,7 @@ class CartPoleSwingUp(gym.Env):
         """
         gravity, cart, pole, half_length, dt = 9.8, 1.0, 0.1, 0.5, 0.02
         self.n_steps += 1
-        x, x_dot, angle, angle_dot = self.state
+        x, x_dot, angle, angle_dot = self.state.tolist()
         force = 10.0 * float(np.clip(action[0], -1.0, 1.0))
         sin, cos = np.sin(angle), np.cos(angle)
         push = (force + pole * half_length * angle_dot**2 * sin) / (cart + pole)

@@ -23,6 +23,10 @@ START = {
     "MultiGoal-v0": np.zeros(2, np.float32),
     "CartPoleSwingUp-v0": np.array([0.0, 0.0, -1.0, 0.0, 0.0], np.float32),  # hanging still
 }
+LABELS = {
+    "MultiGoal-v0": {"xlabel": "first coordinate", "ylabel": "second coordinate"},
+    "CartPoleSwingUp-v0": {"xlabel": "seconds", "ylabel": "half turns from hanging"},
+}
 
 
 def q_values(model: OffPolicyAlgorithm, observation: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -103,6 +107,7 @@ def draw_paths(ax: Axes, model: OffPolicyAlgorithm, task: str) -> None:
             if terminated or truncated:
                 running.remove(i)
                 ax.plot(*np.array(paths[i]).T, color=COLORS[info["outcome"]], lw=0.8, alpha=0.6)
+    ax.set(**LABELS[task])
     if task == "MultiGoal-v0":
         axis = np.linspace(-7, 7, 71)
         places = np.stack(np.meshgrid(axis, axis), axis=-1)

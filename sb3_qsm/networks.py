@@ -66,6 +66,48 @@ class Denoiser(nn.Module):
         return partial(self, features)
 
 
+class LateFusionDenoiser(Denoiser):
+    """
+    Multi-layer perceptron whose second hidden layer is the first to see the noisy action and its level, as DDPG's critic does
+    with the action (Lillicrap et al., 2016, arXiv:1509.02971, section 7).
+
+    What depends on the observation alone is computed once per chain, so that a further step costs only the layers behind it.
+
+    :param features_dim: number of features F of an observation
+    :param action_dim: number of action dimensions A
+    :param n_diffusion_steps: number of levels T
+    :param net_arch: units of each hidden layer; with fewer than two, the action joins at the last layer
+    :param activation_fn: activation function
+    """
+
+    def __init__(
+        self,
+        features_dim: int,
+        action_dim: int,
+        n_diffusion_steps: int,
+        net_arch: list[int],
+        activation_fn: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
+        sizes = [features_dim, *net_arch]
+        joined = sizes[:3][-1]
+        self.encoder = nn.Sequential(*_mlp(sizes[:3], activation_fn))
+        self.action_layer = nn.Linear(action_dim, joined, bias=False)
+        self.levels = nn.Parameter(0.5 * th.randn(n_diffusion_steps, joined))
+        self.head = nn.Sequential(activation_fn(), *_mlp([joined, *sizes[3:], action_dim], activation_fn))
+
+    def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
+        return self.condition(features)(noisy_actions, t)
+
+    def condition(self, features: th.Tensor) -> PredictFn:
+        encoded = self.encoder(features)
+
+        def predict(noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
+            return self.head(th.addmm(encoded + self.levels[t], noisy_actions, self.action_layer.weight.T))
+
+        return predict
+
+
 class MLPDenoiser(Denoiser):
     """
     Multi-layer perceptron on [noisy action, features, time features].
@@ -123,6 +165,9 @@ def _mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), activation_fn()]
     return layers[:-1]
+
+
+DENOISERS: dict[str, type[Denoiser]] = {"late_fusion": LateFusionDenoiser, "mlp": MLPDenoiser}
 
 
 class Preconditioning(NamedTuple):

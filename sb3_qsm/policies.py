@@ -22,7 +22,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_qsm.networks import PRECONDITIONINGS, Denoiser, MLPDenoiser, Preconditioning
+from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser, Preconditioning
 from sb3_qsm.samplers import SAMPLERS, DenoiseFn
 from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule
 
@@ -58,7 +58,7 @@ class DiffusionActor(BasePolicy):
     :param beta_schedule: Noise levels: "box", "cosine", "linear", "vp", or a function from T to betas of shape (T,)
     :param sampler: Reverse chain: "ddpm", "ddim", "running_clip", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
     :param preconditioning: What the network predicts: "edm", "noise", or a function from alpha and sigma to coefficients
-    :param denoiser_class: Network to use, see :class:`~sb3_qsm.networks.Denoiser`
+    :param denoiser_class: Network to use: "mlp", "late_fusion", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
     :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
     :raises ValueError: for a number of steps below 1, and for unknown names
     """
@@ -80,7 +80,7 @@ class DiffusionActor(BasePolicy):
         beta_schedule: str | Callable[[int], th.Tensor] = "box",
         sampler: str | Callable[..., th.Tensor] = "ddpm",
         preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
-        denoiser_class: type[Denoiser] = MLPDenoiser,
+        denoiser_class: str | type[Denoiser] = "mlp",
         denoiser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -116,7 +116,8 @@ class DiffusionActor(BasePolicy):
             self.register_buffer(name, values, persistent=False)
         # As python floats for the chain, which would spend its time on indexing
         self.coefficients = list(zip(*(values.tolist() for values in coefficients), strict=True))
-        self.denoiser = denoiser_class(features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
+        network = lookup("denoiser_class", denoiser_class, DENOISERS)
+        self.denoiser = network(features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

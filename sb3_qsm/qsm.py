@@ -178,6 +178,7 @@ class QSM(OffPolicyAlgorithm):
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self._metrics: list[tuple[str, th.Tensor]] = []
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
 
     def _check_arguments(self) -> None:
@@ -220,21 +221,41 @@ class QSM(OffPolicyAlgorithm):
                 # Copy running stats last, dQ/da moves them; see SB3 issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self._log_metrics()
 
     def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
         """
-        One step of an optimizer; a loss that is not finite stops the run before it reaches the weights.
+        One step of an optimizer.
 
         :param name: name of the loss
         :param loss: shape ()
         :param optimizer: optimizer of the parameters to change
         """
-        value = loss.item()
-        check_finite(name, value, self.num_timesteps)
-        self.logger.record_mean(f"train/{name}", value)
+        self._record(name, loss)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    def _record(self, name: str, value: th.Tensor) -> None:
+        """
+        Note a metric. One that is not finite stops the run before it reaches a weight; on a GPU only at the end of
+        ``train()``, since looking at it would make the update wait for the device.
+
+        :param name: name of the metric
+        :param value: shape ()
+        """
+        self._metrics.append((name, value.detach()))
+        if value.device.type == "cpu":
+            check_finite(name, value.item(), self.num_timesteps)
+
+    def _log_metrics(self) -> None:
+        """
+        Hand the metrics of the updates to the logger: the one place where training waits for the device.
+        """
+        for name, value in self._metrics:
+            check_finite(name, value.item(), self.num_timesteps)
+            self.logger.record_mean(f"train/{name}", value.item())
+        self._metrics.clear()
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
@@ -272,11 +293,10 @@ class QSM(OffPolicyAlgorithm):
         target = self._score_target.target(noisy_actions, alpha, sigma, q_grad, ent_coef)
 
         entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
-        check_finite("entropy", entropy.item(), self.num_timesteps)
-        self.logger.record_mean("train/ent_coef_loss", self.temperature.update(entropy))
-        self.logger.record_mean("train/ent_coef", ent_coef.item())
-        self.logger.record_mean("train/entropy", entropy.item())
-        self.logger.record_mean("train/q_grad", q_grad.abs().mean().item())
+        self._record("entropy", entropy)
+        self._record("ent_coef", ent_coef)
+        self._record("ent_coef_loss", self.temperature.update(entropy))
+        self._record("q_grad", q_grad.abs().mean())
         return score_matching_loss(self.actor.denoise(observations, noisy_actions, t), target, self.actor.c_out[t, None])
 
     def _mean_q(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
@@ -359,7 +379,7 @@ class QSM(OffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_score_target"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_score_target", "_metrics"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer", "temperature", *self.temperature.optimizer_names]

@@ -29,12 +29,12 @@ class Temperature(nn.Module):
         """
         return self.log_ent_coef.detach().exp()
 
-    def update(self, entropy: th.Tensor) -> float:
+    def update(self, entropy: th.Tensor) -> th.Tensor:
         """
         :param entropy: estimate of the policy's entropy in nats, shape ()
-        :return: loss of the temperature, as SAC logs it
+        :return: loss of the temperature, as SAC logs it, shape ()
         """
-        return 0.0
+        return th.zeros_like(entropy)
 
 
 class AutoTemperature(Temperature):
@@ -52,11 +52,11 @@ class AutoTemperature(Temperature):
     def __init__(self, ent_coef: float, target_entropy: float, learning_rate: float = 3e-3) -> None:
         super().__init__(ent_coef)
         self.target_entropy = target_entropy
-        self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate)
+        self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate, fused=True)
 
-    def update(self, entropy: th.Tensor) -> float:
+    def update(self, entropy: th.Tensor) -> th.Tensor:
         gap = (entropy - self.target_entropy).detach()
-        loss = (self.log_ent_coef * gap).item()
+        loss = self.log_ent_coef.detach() * gap
         self.log_ent_coef.grad = gap
         self.optimizer.step()
         return loss

@@ -8,9 +8,11 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from sb3_qsm.networks import (
+    DENOISERS,
     PRECONDITIONINGS,
     Denoiser,
     FourierFeatures,
+    LateFusionDenoiser,
     MLPDenoiser,
     edm_preconditioning,
     noise_preconditioning,
@@ -34,9 +36,10 @@ def test_fourier_features_by_hand():
     np.testing.assert_allclose(features(th.tensor([0.0, 1.0])).detach(), [[1, 1, 0, 0], [0, -1, 1, 0]], atol=1e-6)
 
 
-@pytest.mark.parametrize("net_arch", [[], [16], [16, 8]])
-def test_condition_equals_forward(net_arch):
-    denoiser = MLPDenoiser(F, A, T, net_arch)
+@pytest.mark.parametrize("denoiser_class", DENOISERS.values())
+@pytest.mark.parametrize("net_arch", [[], [16], [16, 8], [16, 8, 4]])
+def test_condition_equals_forward(net_arch, denoiser_class):
+    denoiser = denoiser_class(F, A, T, net_arch)
     features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.tensor([0, 1, 2, 3, 3, 0, 2])
     whole = denoiser(features, noisy_actions, t)
     assert whole.shape == (B, A)
@@ -59,8 +62,34 @@ def test_is_an_mlp_on_the_concatenation(net_arch):
     assert [type(layer) for layer in denoiser.time_net] == [FourierFeatures, nn.Linear, nn.Mish, nn.Linear]
 
 
-def test_every_weight_learns():
-    denoiser = MLPDenoiser(F, A, T, [16, 8])
+@pytest.mark.parametrize("net_arch", [[], [16], [16, 8, 4]])
+def test_late_fusion_joins_the_action_at_the_second_layer(net_arch):
+    """Up to there it is a network of the features alone: W2 relu(W1 f + b1) + b2 + U a + v_t, then relu and the rest."""
+    denoiser = LateFusionDenoiser(F, A, T, net_arch)
+    features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.arange(B) % T
+    linear = [layer for layer in denoiser.encoder if isinstance(layer, nn.Linear)]
+    hidden = features
+    for i, layer in enumerate(linear):
+        hidden = (hidden.relu() if i else hidden) @ layer.weight.T + layer.bias
+    assert len(linear) == min(2, len(net_arch))
+    hidden = hidden + noisy_actions @ denoiser.action_layer.weight.T + denoiser.levels[t]
+    for layer in (layer for layer in denoiser.head if isinstance(layer, nn.Linear)):
+        hidden = hidden.relu() @ layer.weight.T + layer.bias
+    np.testing.assert_allclose(denoiser(features, noisy_actions, t).detach(), hidden.detach(), atol=1e-5)
+
+
+def test_late_fusion_looks_at_the_observation_once_per_chain():
+    actor = make_actor(n_diffusion_steps=T, denoiser_class="late_fusion")
+    calls = []
+    actor.denoiser.encoder.register_forward_hook(lambda *args: calls.append(args))
+    actor(th.rand(B, F))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("denoiser_class", DENOISERS.values())
+def test_every_weight_learns(denoiser_class):
+    th.manual_seed(0)
+    denoiser = denoiser_class(F, A, T, [16, 8])
     denoiser(th.randn(B, F), th.randn(B, A), th.arange(B) % T).square().mean().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in denoiser.parameters())
 

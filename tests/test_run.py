@@ -163,7 +163,8 @@ def test_share_features_extractor(share):
 @pytest.mark.parametrize("n_critics", [1, 3])
 def test_n_critics(n_critics):
     model = run(policy_kwargs=dict(n_critics=n_critics))
-    assert len(model.critic.q_networks) == len(model.critic_target.q_networks) == n_critics
+    for critic in (model.critic, model.critic_target):
+        assert [q_value.shape for q_value in critic(th.zeros(5, 3), th.zeros(5, 1))] == [(5, 1)] * n_critics
 
 
 @pytest.mark.parametrize(
@@ -327,6 +328,7 @@ def test_actor_follows_the_mean_of_the_online_critics():
     set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
     set_critic(model.critic_target, slopes=[math.nan, math.nan], values=[math.nan, math.nan])
     assert math.isfinite(model._actor_loss(BATCH).item())
+    model._log_metrics()
     logged = model.logger.name_to_value
     assert logged["train/q_grad"] == pytest.approx(2.0)
     assert logged["train/entropy"] == pytest.approx(box_entropy(th.tensor(2.0 / 0.5)).item())

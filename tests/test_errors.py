@@ -50,6 +50,7 @@ BAD_DIFFUSIONS = {
     "beta_schedule": (["vpp", 3, None], "one of ['box', 'cosine', 'linear', 'vp']"),
     "sampler": (["ddqm", None], "one of ['ddim', 'ddpm', 'running_clip']"),
     "preconditioning": (["karras", None], "one of ['edm', 'noise']"),
+    "denoiser_class": (["unet", None], "one of ['late_fusion', 'mlp']"),
 }
 
 

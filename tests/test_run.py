@@ -19,7 +19,7 @@ from torch import nn
 
 from sb3_qsm import QSM, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_qsm.losses import SCORE_TARGETS, box_entropy, truncated_normal_mean
-from sb3_qsm.networks import PRECONDITIONINGS, Denoiser, noise_preconditioning
+from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser, noise_preconditioning
 from sb3_qsm.samplers import SAMPLERS, ddim_sample
 from sb3_qsm.schedules import BETA_SCHEDULES, vp_betas
 
@@ -360,3 +360,20 @@ def test_actor_loss_by_hand(score_target):
     out = 0.6 * ratio / (0.36 + ratio**2).sqrt()
     expected = (((skip * noisy_actions - target) / out) ** 2).mean().item()
     assert loss == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("denoiser_class", DENOISERS)
+@pytest.mark.parametrize("score_target", SCORE_TARGETS)
+def test_update_never_waits_for_the_device(score_target, denoiser_class):
+    """Tensors without data stand for those of a GPU: ``.item()`` or a branch on a value would raise."""
+    model = build(score_target=score_target, policy_kwargs=dict(denoiser_class=denoiser_class))
+    model.policy.to("meta")
+    model.temperature.to("meta")
+    model.device = th.device("meta")
+    batch = ReplayBufferSamples(*(value.to("meta") for value in BATCH[:5]))
+    for loss in (model._critic_loss(batch), model._actor_loss(batch)):
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in model.critic.parameters())
+    assert len(model._metrics) == 4
+    with pytest.raises(RuntimeError, match="meta"):
+        model._log_metrics()

@@ -169,7 +169,7 @@ class QVPO(Peer):
     Kept, from the authors' code: of N samples the one with the highest Q (smaller critic), with the weight (Q - V)+, V their
     mean; ten uniform actions for each, with ``entropy_coef`` times its weight; cosine schedule, noise prediction. Dropped: the
     best of 4 samples when acting and in the TD target and of 32 in evaluation, the slow copy of the actor in the TD target,
-    clipped gradients, the decay of ``entropy_coef``, a learning rate of 1e-4 for the actor. The hyperparameters have N = 16
+    clipped gradients, the decay of ``entropy_coef``, a learning rate of 1e-4 for the actor. The hyperparameters have N = 8
     and T = 10, not 64 and 20, for a CPU's sake.
 
     :param policy: as for QSM

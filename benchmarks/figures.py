@@ -135,8 +135,6 @@ def intervals(finals: dict[str, np.ndarray], func: Callable[[np.ndarray], Estima
         ax.plot([value, value], [i - 0.3, i + 0.3], color="black")
     ax.axvline(line, color="grey", lw=1, ls=":")
     ax.set(yticks=range(len(finals)), yticklabels=list(finals), xlabel=label)
-    ax.use_sticky_edges = False  # leave room for a point at the end of the scale
-    ax.margins(x=0.03)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
@@ -158,4 +156,6 @@ def probability(finals: dict[str, np.ndarray], reference: str) -> Figure:
     :return: probability of improvement over the reference
     """
     others = {name: runs for name, runs in finals.items() if name != reference}
-    return intervals(others, lambda runs: estimate(improvement, runs, finals[reference]), f"P(better than {reference})", 0.5)
+    figure = intervals(others, lambda runs: estimate(improvement, runs, finals[reference]), f"P(better than {reference})", 0.5)
+    figure.axes[0].set(xlim=(-0.03, 1.03))
+    return figure

@@ -418,6 +418,14 @@ def test_scores_are_normalised_by_sac(results):
     assert finals == {"qsm": [[1.5, 2.0], [1.5, 2.0]], "sac": [[1.0, 0.9], [1.0, 1.1]]}, "td3 lacks a task"
 
 
+@pytest.mark.parametrize(
+    ("untrained", "final", "zero"), [(-9.0, 4.0, 0.0), (-9.0, -4.0, -9.0), (-3.0, -4.0, -8.0), (1.0, 0.0, -1.0)]
+)
+def test_scale_is_never_upside_down(tmp_path, untrained, final, zero):
+    write_result(tmp_path, "Any-v0", "sac", 0, (untrained, final))
+    assert scales(read_results(tmp_path / "tiny"), "sac") == {"Any-v0": (zero, final)}
+
+
 def test_report_traces_every_number(page):
     with open(page.parent / "aggregate.csv", newline="") as lines:
         qsm, sac = list(csv.DictReader(lines))[:2]

@@ -12,6 +12,10 @@ ALGORITHMS = {
     "td3": "stable_baselines3:TD3",
     "tqc": "sb3_contrib:TQC",
     "crossq": "sb3_contrib:CrossQ",
+    "diffusion_ql": "benchmarks.peers:DiffusionQL",
+    "dipo": "benchmarks.peers:DIPO",
+    "qvpo": "benchmarks.peers:QVPO",
+    "dacer_style": "benchmarks.peers:DACERStyle",
 }
 
 

@@ -37,13 +37,15 @@ def panels(n: int, legend: dict[str, Color]) -> tuple[Figure, list[Axes]]:
     """
     columns = min(n, 3)
     n_rows = -(-n // columns)
-    figure, axes = plt.subplots(
-        n_rows, columns, figsize=(max(4.4 * columns, 5.5), 3.3 * n_rows + 0.4), squeeze=False, layout="constrained"
-    )
+    width = max(4.4 * columns, 7.0)
+    n_columns_of_legend = int(width / 1.4)  # inches for a long name
+    legend_height = 0.25 * -(-len(legend) // n_columns_of_legend)
+    size = (width, 3.4 * n_rows + legend_height)
+    figure, axes = plt.subplots(n_rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[n:]:
         ax.remove()
     handles = [plt.Line2D([], [], color=color, lw=2, label=name) for name, color in legend.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 6), frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=n_columns_of_legend, frameon=False)
     return figure, list(axes.flat[:n])
 
 
@@ -55,7 +57,7 @@ def draw_band(ax: Axes, x: np.ndarray, curve: Estimate, color: Color) -> None:
     :param color: colour of both
     """
     ax.plot(x, curve.value, color=color, lw=2)
-    ax.fill_between(x, curve.low, curve.high, color=color, alpha=0.2, lw=0)
+    ax.fill_between(x, curve.low, curve.high, color=color, alpha=0.12, lw=0)
 
 
 def learning_curves(results: list[Result], mode: str, axis: str) -> Figure:
@@ -96,7 +98,7 @@ def sample_efficiency(curves: dict[str, np.ndarray], steps: np.ndarray, unit: st
     for name, scores in curves.items():
         draw_band(ax, steps, estimate(iqm, scores), palette[name])
     ax.axhline(1, color="grey", lw=1, ls=":")
-    ax.set(xlabel="environment steps", ylabel=f"return / {unit}, IQM")
+    ax.set(xlabel="environment steps", ylabel=f"normalised return, 1 is {unit}, IQM")
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
@@ -113,7 +115,7 @@ def performance_profiles(finals: dict[str, np.ndarray], unit: str) -> Figure:
     figure, (ax,) = panels(1, {name: palette[name] for name in finals})
     for name, runs in finals.items():
         draw_band(ax, thresholds, estimate(lambda it: profile(it, thresholds), runs), palette[name])
-    ax.set(xlabel=f"return / {unit}", ylabel="share of runs above", ylim=(-0.02, 1.02))
+    ax.set(xlabel=f"normalised return, 1 is {unit}", ylabel="share of runs above", ylim=(-0.02, 1.02))
     return figure
 
 
@@ -126,7 +128,7 @@ def intervals(finals: dict[str, np.ndarray], func: Callable[[np.ndarray], Estima
     :return: one bar per algorithm: point and 95 % interval
     """
     palette = colors(list(finals))
-    figure, ax = plt.subplots(figsize=(6.5, 0.5 * len(finals) + 1.1), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7.0, 0.36 * len(finals) + 1.0), layout="constrained")
     for i, (name, runs) in enumerate(finals.items()):
         value, low, high = func(runs)
         ax.barh(i, high - low, left=low, color=palette[name], alpha=0.5, height=0.6)
@@ -144,7 +146,7 @@ def aggregate(finals: dict[str, np.ndarray], unit: str) -> Figure:
     :param unit: what the return is normalised by
     :return: interquartile means
     """
-    return intervals(finals, lambda runs: estimate(iqm, runs), f"final return / {unit}, IQM", 1.0)
+    return intervals(finals, lambda runs: estimate(iqm, runs), f"final normalised return, 1 is {unit}, IQM", 1.0)
 
 
 def probability(finals: dict[str, np.ndarray], reference: str) -> Figure:
@@ -154,4 +156,6 @@ def probability(finals: dict[str, np.ndarray], reference: str) -> Figure:
     :return: probability of improvement over the reference
     """
     others = {name: runs for name, runs in finals.items() if name != reference}
-    return intervals(others, lambda runs: estimate(improvement, runs, finals[reference]), f"P(better than {reference})", 0.5)
+    figure = intervals(others, lambda runs: estimate(improvement, runs, finals[reference]), f"P(better than {reference})", 0.5)
+    figure.axes[0].set(xlim=(-0.03, 1.03))
+    return figure

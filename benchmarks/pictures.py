@@ -24,9 +24,12 @@ START = {
     "CartPoleSwingUp-v0": np.array([0.0, 0.0, -1.0, 0.0, 0.0], np.float32),  # hanging still
 }
 LABELS = {
-    "MultiGoal-v0": {"xlabel": "first coordinate", "ylabel": "second coordinate"},
-    "CartPoleSwingUp-v0": {"xlabel": "seconds", "ylabel": "half turns from hanging"},
+    ("MultiGoal-v0", "paths"): {"xlabel": "first coordinate", "ylabel": "second coordinate"},
+    ("MultiGoal-v0", "actions"): {"xlabel": "first velocity", "ylabel": "second velocity"},
+    ("CartPoleSwingUp-v0", "paths"): {"xlabel": "seconds", "ylabel": "half turns from hanging"},
+    ("CartPoleSwingUp-v0", "actions"): {"xlabel": "force", "ylabel": "density"},
 }
+N_LEVELS = 7  # of a reverse chain, in a strip that can still be read
 
 
 def q_values(model: OffPolicyAlgorithm, observation: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -84,8 +87,8 @@ def draw_actions(ax: Axes, model: OffPolicyAlgorithm, observation: np.ndarray, a
         grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
         ax.contourf(axis, axis, q_values(model, observation, grid).reshape(61, 61), levels=20, cmap="Greys")
         ax.scatter(actions[:, 0], actions[:, 1], s=4, color="tab:orange", alpha=0.6, lw=0)
-        ax.set(ylim=(-limit, limit), aspect="equal")
-    ax.set(xlim=(-limit, limit))
+        ax.set(ylim=(-limit, limit), yticks=[-1, 0, 1], aspect="equal")
+    ax.set(xlim=(-limit, limit), xticks=[-1, 0, 1])
     ax.grid(visible=False)
 
 
@@ -106,15 +109,15 @@ def draw_paths(ax: Axes, model: OffPolicyAlgorithm, task: str) -> None:
             paths[i].append(envs[i].unwrapped.point())  # type: ignore[attr-defined]
             if terminated or truncated:
                 running.remove(i)
-                ax.plot(*np.array(paths[i]).T, color=COLORS[info["outcome"]], lw=0.8, alpha=0.6)
-    ax.set(**LABELS[task])
+                reached = info["outcome"] >= 0  # in front of those that did not
+                ax.plot(*np.array(paths[i]).T, color=COLORS[info["outcome"]], lw=0.8, alpha=0.6, zorder=1 + reached)
     if task == "MultiGoal-v0":
         axis = np.linspace(-7, 7, 71)
         places = np.stack(np.meshgrid(axis, axis), axis=-1)
         distance = np.linalg.norm(places[:, :, None] - GOALS, axis=-1).min(axis=-1)
         ax.contour(axis, axis, distance**2, levels=12, colors="grey", linewidths=0.4, alpha=0.6)
         ax.scatter(*GOALS.T, color="black", zorder=3)
-        ax.set(aspect="equal")
+        ax.set(aspect="equal", xticks=[-5, 0, 5], yticks=[-5, 0, 5])
 
 
 def world_pictures(results: list[Result]) -> Iterator[tuple[str, str, Figure]]:
@@ -137,9 +140,9 @@ def world_pictures(results: list[Result]) -> Iterator[tuple[str, str, Figure]]:
                 f"{N_ACTIONS} actions for the start state (orange) over what the critics think (dark: high; or a line).",
             ),
         ):
-            columns = min(len(models), 3)
+            columns = min(len(models), 4)
             n_rows = -(-len(models) // columns)
-            size = (3.6 * columns, 3.6 * n_rows)
+            size = (3.4 * columns, 3.4 * n_rows)
             figure, axes = plt.subplots(
                 n_rows, columns, figsize=size, squeeze=False, sharey=kind == "paths", layout="constrained"
             )
@@ -151,13 +154,15 @@ def world_pictures(results: list[Result]) -> Iterator[tuple[str, str, Figure]]:
                 else:
                     actions, _ = model.predict(np.repeat(START[task][None], N_ACTIONS, 0))
                     draw_actions(ax, model, START[task], actions, 1.0)
-                ax.set(title=name)
+                ax.set(title=name, **LABELS[task, kind])
+                if not ax.get_subplotspec().is_first_col():
+                    ax.set(ylabel="")
             yield f"{task}-{kind}", f"{task}: {caption}", figure
         diffusions = {name: model for name, model in models.items() if isinstance(model.policy, DiffusionPolicy)}
         if diffusions:
             yield (
                 f"{task}-chain",
-                f"{task}: the reverse chain at the start state, noise to the left.",
+                f"{task}: the reverse chain at the start state, from noise (left) to the action, with the steps still to go.",
                 chain_strip(diffusions, task),
             )
 
@@ -166,20 +171,18 @@ def chain_strip(models: dict[str, OffPolicyAlgorithm], task: str) -> Figure:
     """
     :param models: models with diffusion policies, by name
     :param task: environment id of a world
-    :return: one row per model, one panel per level of noise
+    :return: one row per model, one panel for each of some levels of noise, from all to none
     """
     chains = {name: reverse_chain(model, START[task]) for name, model in models.items()}
-    columns = max(map(len, chains.values()))
+    columns = min(N_LEVELS, max(map(len, chains.values())))
     size = (1.9 * columns, 2.1 * len(chains))
     figure, axes = plt.subplots(len(chains), columns, figsize=size, squeeze=False, layout="constrained")
     for row, (name, chain) in zip(axes, chains.items(), strict=True):
-        for ax in row[len(chain) :]:
+        done = np.linspace(0, len(chain) - 1, min(columns, len(chain))).round().astype(int)
+        for ax in row[len(done) :]:
             ax.remove()
-        for left, (ax, actions) in enumerate(zip(row, chain, strict=False), start=1):
-            draw_actions(ax, models[name], START[task], actions, 2.5)
-            ax.set(
-                xticks=[],
-                yticks=[],
-                title=name if left == 1 else f"{len(chain) - left} to go" if left < len(chain) else "action",
-            )
+        for ax, step in zip(row, done, strict=False):
+            draw_actions(ax, models[name], START[task], chain[step], 2.5)
+            left = len(chain) - 1 - step
+            ax.set(xticks=[], yticks=[], title=name if step == 0 else f"{left} to go" if left else "action")
     return figure

@@ -139,7 +139,8 @@ def profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 def scales(results: list[Result], reference: str) -> dict[str, tuple[float, float]]:
     """
     What counts as 0 and as 1 in the normalised return of each task: one is the reference's mean final return. Zero is
-    zero, or the untrained reference where its final return is not positive, as no ratio can be taken there.
+    zero, or the untrained reference where its final return is not positive, as no ratio can be taken there; if training made
+    the reference no better either, zero lies as far below one as one below zero (or by 1), so that more is still better.
 
     :param results: all results
     :param reference: algorithm to normalise by
@@ -149,7 +150,8 @@ def scales(results: list[Result], reference: str) -> dict[str, tuple[float, floa
     for task in dict.fromkeys(it.task for it in results if it.algorithm == reference):
         curves = np.array([it.curve("deterministic") for it in results if (it.algorithm, it.task) == (reference, task)])
         one = float(curves[:, -1].mean())
-        found[task] = (0.0 if one > 0 else float(curves[:, 0].mean()), one)
+        untrained = float(curves[:, 0].mean())
+        found[task] = (0.0 if one > 0 else untrained if untrained < one else one - max(-one, 1.0), one)
     return found
 
 

@@ -103,11 +103,21 @@ def check_hyperparams(algorithm: str, hyperparams: dict[str, Any]) -> None:
     check_known(
         f"hyperparameter of {algorithm}",
         hyperparams,
-        sorted((set(inspect.signature(cls).parameters) - RUNNER_KEYS) | ZOO_KEYS),
+        sorted((constructor_arguments(cls) - RUNNER_KEYS) | ZOO_KEYS),
     )
     check_known(f"policy of {algorithm}", [hyperparams.get("policy")], cls.policy_aliases)
     check_known(f"noise_type of {algorithm}", [hyperparams.get("noise_type", "normal")], NOISE)
     read_policy_kwargs(hyperparams)
+
+
+def constructor_arguments(cls: type) -> set[str]:
+    """
+    :param cls: a class
+    :return: names of its constructor's arguments, and of those that it hands on to its base class as ``**kwargs``
+    """
+    arguments = inspect.signature(cls).parameters.values()
+    names = {it.name for it in arguments if it.kind is not it.VAR_KEYWORD}
+    return names if len(names) == len(arguments) else names | constructor_arguments(cls.__mro__[1])
 
 
 def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from benchmarks.__main__ import main
 from benchmarks.algorithms import ALGORITHMS
 from benchmarks.cells import make_model, run_cell
 from benchmarks.executors import ROOT, run_ray
+from benchmarks.figures import colors, panels
 from benchmarks.pictures import START, reverse_chain, world_pictures
 from benchmarks.report import write_report
 from benchmarks.results import estimate, improvement, iqm, normalised, profile, read_results, scales, spread
@@ -200,8 +201,8 @@ def test_killed_runner_leaves_nothing_half_written(tmp_path):
     runner.send_signal(signal.SIGKILL)
     runner.wait()
     assert not (folder / "seed0").exists()
-    # The orphan notices and lets go of its lock; the next run of the same command redoes the cell.
-    assert main(["run", write_suite(tmp_path, seeds=[0]), "--algos", "sac", "--out", str(tmp_path)]) == 0
+    # The orphan notices and lets go of its lock; the next who comes redoes the cell.
+    assert main(["cell", write_suite(tmp_path, seeds=[0]), "--algos", "sac", "--out", str(tmp_path)]) == 0
     assert [row["step"] for row in rows(folder / "seed0/evaluations.csv")][-1] == "250"
     assert not (folder / ".seed0.tmp").exists()
 
@@ -217,8 +218,25 @@ def test_killed_worker_is_noted_and_redone(tmp_path):
     assert runner.wait() == 1
     assert "SIGKILL" in (folder / "seed0/error.txt").read_text()
     assert not (folder / "seed0/meta.json").exists()
-    assert main(["run", write_suite(tmp_path, seeds=[0]), "--algos", "td3", "--out", str(tmp_path)]) == 0
+    assert main(["cell", write_suite(tmp_path, seeds=[0]), "--algos", "td3", "--out", str(tmp_path)]) == 0
     assert not (folder / "seed0/error.txt").exists()
+
+
+def test_power_cut_loses_only_the_cell_in_flight(tmp_path):
+    idle = {"td3": {"default": {"policy": "MlpPolicy", "learning_starts": 1_000_000}}}
+    suite = write_suite(tmp_path, algorithms=idle, n_timesteps=2000, eval_freq=2000)
+    command = [sys.executable, "-m", "benchmarks", "run", suite, "--out", str(tmp_path)]
+    runner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    first, second = (tmp_path / f"tiny/Pendulum-v1/td3/seed{seed}" for seed in (0, 1))
+    part = second.with_name(".seed1.tmp") / "evaluations.csv"
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, runner)
+    os.killpg(runner.pid, signal.SIGKILL)  # the runner and its worker, at the same moment
+    runner.wait()
+    made = (first / "meta.json").stat().st_mtime_ns
+    assert not second.exists()
+    assert main(["cell", suite, "--out", str(tmp_path)]) == 0
+    assert (first / "meta.json").stat().st_mtime_ns == made
+    assert rows(second / "evaluations.csv")[-1]["step"] == "2000"
 
 
 def test_printed_commands_are_the_cells(tmp_path, capsys):
@@ -374,16 +392,22 @@ def write_result(out: Path, task: str, algorithm: str, seed: int, returns: tuple
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-@pytest.fixture
-def results(tmp_path):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
     """Two tasks, the second with negative returns; twice SAC on the first, half-way better on the second."""
+    out = tmp_path_factory.mktemp("results")
     for seed in (0, 1):
-        write_result(tmp_path, "Up-v0", "sac", seed, (0.0, 90.0 + 20 * seed))
-        write_result(tmp_path, "Up-v0", "qsm", seed, (0.0, 200.0))
-        write_result(tmp_path, "Down-v0", "sac", seed, (-1000.0, -200.0))
-        write_result(tmp_path, "Down-v0", "qsm", seed, (-1000.0, 200.0))
-    write_result(tmp_path, "Up-v0", "td3", 0, (0.0, 50.0))
-    return tmp_path / "tiny"
+        write_result(out, "Up-v0", "sac", seed, (0.0, 90.0 + 20 * seed))
+        write_result(out, "Up-v0", "qsm", seed, (0.0, 200.0))
+        write_result(out, "Down-v0", "sac", seed, (-1000.0, -200.0))
+        write_result(out, "Down-v0", "qsm", seed, (-1000.0, 200.0))
+    write_result(out, "Up-v0", "td3", 0, (0.0, 50.0))
+    return out / "tiny"
+
+
+@pytest.fixture(scope="module")
+def page(results):
+    return write_report(results)
 
 
 def test_scores_are_normalised_by_sac(results):
@@ -394,8 +418,15 @@ def test_scores_are_normalised_by_sac(results):
     assert finals == {"qsm": [[1.5, 2.0], [1.5, 2.0]], "sac": [[1.0, 0.9], [1.0, 1.1]]}, "td3 lacks a task"
 
 
-def test_report_traces_every_number(results):
-    page = write_report(results)
+@pytest.mark.parametrize(
+    ("untrained", "final", "zero"), [(-9.0, 4.0, 0.0), (-9.0, -4.0, -9.0), (-3.0, -4.0, -8.0), (1.0, 0.0, -1.0)]
+)
+def test_scale_is_never_upside_down(tmp_path, untrained, final, zero):
+    write_result(tmp_path, "Any-v0", "sac", 0, (untrained, final))
+    assert scales(read_results(tmp_path / "tiny"), "sac") == {"Any-v0": (zero, final)}
+
+
+def test_report_traces_every_number(page):
     with open(page.parent / "aggregate.csv", newline="") as lines:
         qsm, sac = list(csv.DictReader(lines))[:2]
     assert (qsm["algorithm"], float(qsm["final"]), float(qsm["P(better than sac)"])) == ("qsm", 1.75, 1.0)
@@ -413,16 +444,41 @@ def test_report_traces_every_number(results):
     assert images == [(page.parent / f"{name}.png").read_bytes() for name in FIGURES]
 
 
-def test_report_opens_in_a_browser(results):
+def test_report_opens_in_a_browser(page, tmp_path):
     browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     if browser is None:
-        pytest.skip("needs chromium")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
-    script = "<script>document.title = [...document.images].filter(i => i.complete && i.naturalWidth > 300).length</script>"
-    page = write_report(results)
-    page.write_text(page.read_text() + script)
-    dom = subprocess.run([browser, *flags, page.as_uri()], capture_output=True, text=True, check=True, timeout=60).stdout
-    assert f"<title>{len(FIGURES)}</title>" in dom, "every image is decoded and shown"
+        pytest.skip("no browser is installed: needs chromium, chromium-browser or google-chrome")
+    # What a reader sees: how many images are decoded, whether any leaves the page, whether each link has its row
+    script = """<script>
+        const images = [...document.images], links = [...document.links];
+        document.title = JSON.stringify({
+            shown: images.filter(i => i.complete && i.naturalWidth > 300).length,
+            fit: images.every(i => i.getBoundingClientRect().right <= document.documentElement.clientWidth),
+            scrolls: document.documentElement.scrollWidth > document.documentElement.clientWidth,
+            dead: links.filter(a => !document.getElementById(decodeURIComponent(a.hash.slice(1)))).length,
+            links: links.length,
+        });
+    </script>"""
+    copy = tmp_path / "index.html"
+    copy.write_text(page.read_text() + script)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path}"]
+    command = [browser, *flags, "--dump-dom", copy.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    seen = json.loads(re.search("<title>(.*?)</title>", dom)[1])
+    assert seen == {"shown": len(FIGURES), "fit": True, "scrolls": False, "dead": 0, "links": seen["links"]}
+    assert seen["links"] > 9, "each cell is linked from a summary"
+
+
+@pytest.mark.parametrize("n_panels", [1, 2, 6])
+def test_legend_of_every_rival_is_in_the_figure(n_panels):
+    figure, axes = panels(n_panels, colors(list(ALGORITHMS)))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    for text in legend.get_texts():
+        box = text.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text.get_text()
+        assert box.y0 >= max(ax.get_window_extent().y1 for ax in axes), "above the panels"
+    assert len(set(colors(list(ALGORITHMS)).values())) == len(ALGORITHMS)
 
 
 def test_empty_folder_is_refused(tmp_path):

@@ -60,6 +60,8 @@ class DiffusionActor(BasePolicy):
     :param preconditioning: What the network predicts: "edm", "noise", or a function from alpha and sigma to coefficients
     :param denoiser_class: Network to use: "mlp", "late_fusion", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
     :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
+    :param compile_sampling: Whether to compile the reverse chain with ``torch.compile``, which needs a C++ compiler on a CPU and
+        takes up to a minute for each of the first few batch sizes; numbers agree with the plain chain's to rounding
     :raises ValueError: for a number of steps below 1, and for unknown names
     """
 
@@ -82,6 +84,7 @@ class DiffusionActor(BasePolicy):
         preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
         denoiser_class: str | type[Denoiser] = "mlp",
         denoiser_kwargs: dict[str, Any] | None = None,
+        compile_sampling: bool = False,
     ) -> None:
         super().__init__(
             observation_space,
@@ -101,6 +104,7 @@ class DiffusionActor(BasePolicy):
             preconditioning=preconditioning,
             denoiser_class=denoiser_class,
             denoiser_kwargs=denoiser_kwargs,
+            compile_sampling=compile_sampling,
         )
         self.action_dim = get_action_dim(action_space)
         self.sampler = lookup("sampler", sampler, SAMPLERS)
@@ -118,6 +122,12 @@ class DiffusionActor(BasePolicy):
         self.coefficients = list(zip(*(values.tolist() for values in coefficients), strict=True))
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
         self.denoiser = network(features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
+        if compile_sampling:
+            self.sample = th.compile(self.sample)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled code stays behind: a copy samples plainly, a model that is loaded compiles again
+        return {name: value for name, value in super().__getstate__().items() if name != "sample"}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -237,7 +247,7 @@ class DiffusionPolicy(BasePolicy):
     :param share_features_extractor: Whether to share the features extractor between the actor and the critic
     :param layer_norm: Whether the critics normalise each hidden layer
     :param diffusion_kwargs: ``n_diffusion_steps``, ``beta_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
-        ``denoiser_kwargs``: see :class:`DiffusionActor`
+        ``denoiser_kwargs``, ``compile_sampling``: see :class:`DiffusionActor`
     """
 
     actor: DiffusionActor

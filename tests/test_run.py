@@ -1,6 +1,9 @@
 """QSM does everything that SB3's off-policy algorithms do; a few steps each."""
 
+import copy
 import math
+import pickle
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -377,3 +380,23 @@ def test_update_never_waits_for_the_device(score_target, denoiser_class):
     assert len(model._metrics) == 4
     with pytest.raises(RuntimeError, match="meta"):
         model._log_metrics()
+
+
+@pytest.mark.expensive
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_sampling(tmp_path):
+    """It is really compiled, learns and acts as the plain chain does for any batch size, and survives copies and files."""
+    kwargs = dict(net_arch=[16, 16], n_diffusion_steps=2)
+    th._dynamo.reset()
+    compiled, plain = (run(policy_kwargs=kwargs | dict(compile_sampling=choice)) for choice in (True, False))
+    assert th._dynamo.utils.counters["stats"]["unique_graphs"] > 0 and not th._dynamo.utils.counters["graph_break"]
+    for name, weight in compiled.policy.state_dict().items():
+        np.testing.assert_allclose(weight, plain.policy.state_dict()[name], atol=1e-5, err_msg=name)
+    compiled.save(tmp_path / "model")
+    loaded = QSM.load(tmp_path / "model")
+    assert "sample" in vars(loaded.actor)
+    for n in (1, 2, 3, 7):
+        observations = np.random.default_rng(n).uniform(-1, 1, (n, 3)).astype(np.float32)
+        expected = plain.predict(observations, deterministic=True)[0]
+        for policy in (compiled, loaded, copy.deepcopy(compiled.policy), pickle.loads(pickle.dumps(compiled.policy))):
+            np.testing.assert_allclose(policy.predict(observations, deterministic=True)[0], expected, atol=1e-5)

@@ -141,23 +141,23 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
     :param seconds: how long to repeat each measurement in a round
     :return: rows of the main table: HalfCheetah-v5, defaults of each
     """
+    common: dict[str, Any] = dict(policy="MlpPolicy", env="HalfCheetah-v5", seed=0, buffer_size=50_000)
     makers: dict[str, Maker] = {
-        "sac": lambda: SAC("MlpPolicy", "HalfCheetah-v5", seed=0, device="cpu", buffer_size=50_000),
-        "td3": lambda: TD3("MlpPolicy", "HalfCheetah-v5", seed=0, device="cpu", buffer_size=50_000),
-        "qsm": lambda: QSM("MlpPolicy", "HalfCheetah-v5", seed=0, device="cpu", buffer_size=50_000),
-        "qsm, T = 10": lambda: QSM(
-            "MlpPolicy",
-            "HalfCheetah-v5",
-            seed=0,
+        "sac": lambda: SAC(device="cpu", **common),
+        "td3": lambda: TD3(device="cpu", **common),
+        "qsm": lambda: QSM(device="cpu", **common),
+        "qsm, T = 10": lambda: QSM(device="cpu", policy_kwargs=dict(n_diffusion_steps=10), **common),
+        "qsm, compiled": lambda: QSM(device="cpu", policy_kwargs=dict(compile_sampling=True), **common),
+        "qsm, late fusion": lambda: QSM(
             device="cpu",
-            buffer_size=50_000,
-            policy_kwargs=dict(n_diffusion_steps=10),
+            policy_kwargs=dict(denoiser_class="late_fusion", net_arch=dict(pi=[256, 128, 128], qf=[256, 256])),
+            **common,
         ),
     }
     try:
         from sbx import SAC as SbxSAC
 
-        makers["sbx sac"] = lambda: SbxSAC("MlpPolicy", "HalfCheetah-v5", seed=0, buffer_size=50_000)
+        makers["sbx sac"] = lambda: SbxSAC(**common)
     except ImportError:
         pass  # an optional column
     models = {name: maker().learn(300) for name, maker in makers.items()}

@@ -4,6 +4,7 @@ Checkpoints from which a run goes on as if it had never stopped.
 What a run is made of, how it is taken apart into data, and how a new process is put where the old one was.
 """
 
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -250,18 +251,26 @@ def restore_buffer(buffer: ReplayBuffer, state: dict[str, Any], folder: Path) ->
     buffer.pos, buffer.full = stop, state["full"]
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def package_versions() -> dict[str, str]:
     """
-    :return: what must be the same for the same numbers
+    :return: versions of this package and of those that compute for it
     """
-    found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(th.get_num_threads())}
-    found["sb3_qsm"] = (Path(__file__).parent / "version.txt").read_text().strip()
+    found = {"sb3_qsm": (Path(__file__).parent / "version.txt").read_text().strip()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def versions() -> dict[str, str]:
+    """
+    :return: what must be the same for the same numbers
+    """
+    threads = str(th.get_num_threads())
+    return {"python": platform.python_version(), "machine": platform.machine(), "threads": threads, **package_versions()}
 
 
 def describe(value: Any) -> Any:

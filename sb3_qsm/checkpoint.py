@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from safetensors.numpy import load_file
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import VectorizedActionNoise
@@ -32,7 +31,10 @@ from sb3_qsm.state import (
     callbacks_by_name,
     capture_env,
     capture_random,
+    describe,
     env_layers,
+    is_opaque,
+    rebuild,
     restore,
     restore_attributes,
     restore_env,
@@ -44,6 +46,7 @@ from sb3_qsm.storage import (
     checkpoints,
     publish,
     read_checkpoint,
+    read_shard,
     remove_unused_shards,
     shard_file,
     steps_of,
@@ -243,7 +246,7 @@ def restore_buffer(buffer: ReplayBuffer, state: dict[str, Any], folder: Path) ->
     stop = state["pos"]
     total = sum(shard["rows"] for shard in state["shards"])
     for shard in state["shards"]:  # oldest first: later ones overwrite
-        columns = load_file(shard_file(folder, shard))
+        columns = read_shard(folder, shard)
         rows = np.arange(stop - total, stop - total + shard["rows"]) % buffer.buffer_size
         for name, array in buffer_arrays(buffer):
             array[rows] = columns[name]
@@ -271,39 +274,6 @@ def versions() -> dict[str, str]:
     """
     threads = str(th.get_num_threads())
     return {"python": platform.python_version(), "machine": platform.machine(), "threads": threads, **package_versions()}
-
-
-def describe(value: Any) -> Any:
-    """
-    :param value: an argument
-    :return: JSON for it; what is no data becomes ``{"opaque": name}``
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [describe(item) for item in value]}
-    if type(value) is dict and all(type(key) is str for key in value):
-        return {"dict": {key: describe(item) for key, item in value.items()}}
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return {"opaque": f"{named.__module__}.{named.__qualname__}"}
-
-
-def is_opaque(data: Any) -> bool:
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return (isinstance(data, dict) and "opaque" in data) or any(map(is_opaque, parts))
-
-
-def rebuild(data: Any) -> Any:
-    """
-    :param data: JSON from :func:`describe`, not opaque
-    :return: the argument
-    """
-    if not isinstance(data, dict):
-        return data
-    ((kind, content),) = data.items()
-    if kind == "dict":
-        return {key: rebuild(item) for key, item in content.items()}
-    return {"list": list, "tuple": tuple}[kind](map(rebuild, content))
 
 
 def constructor_arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
@@ -360,7 +330,7 @@ def describe_env(env: VecEnv) -> dict[str, Any]:
     spec = env.unwrapped.envs[0].spec if isinstance(env.unwrapped, DummyVecEnv) else None
     return {
         "id": getattr(spec, "id", None),
-        "kwargs": describe(dict(getattr(spec, "kwargs", {}))),
+        "kwargs": describe({key: value for key, value in getattr(spec, "kwargs", {}).items() if key != "render_mode"}),
         "n_envs": env.num_envs,
         "observation_space": str(env.observation_space),
         "action_space": str(env.action_space),

@@ -432,3 +432,36 @@ def arguments_of(instance: Any) -> tuple[str, ...]:
     """
     constructors = [vars(cls)["__init__"] for cls in type(instance).__mro__ if "__init__" in vars(cls) and cls is not object]
     return tuple(name for constructor in constructors for name in inspect.signature(constructor).parameters)
+
+
+def describe(value: Any) -> Any:
+    """
+    :param value: an argument
+    :return: JSON for it; what is no data becomes ``{"opaque": name}``
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [describe(item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: describe(item) for key, item in value.items()}}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return {"opaque": f"{named.__module__}.{named.__qualname__}"}
+
+
+def is_opaque(data: Any) -> bool:
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return (isinstance(data, dict) and "opaque" in data) or any(map(is_opaque, parts))
+
+
+def rebuild(data: Any) -> Any:
+    """
+    :param data: JSON from :func:`describe`, not opaque
+    :return: the argument
+    """
+    if not isinstance(data, dict):
+        return data
+    ((kind, content),) = data.items()
+    if kind == "dict":
+        return {key: rebuild(item) for key, item in content.items()}
+    return {"list": list, "tuple": tuple}[kind](map(rebuild, content))

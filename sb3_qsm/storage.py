@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 Arrays = dict[str, np.ndarray]
 
@@ -94,25 +94,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"format {manifest['format']!r}, this version reads format {FORMAT}")
         if set(manifest) != {"format", "sha256"} or set(manifest["sha256"]) != set(FILES):
             raise ValueError("manifest.json lists other files")
-        for name in FILES:
-            check_file(path / name, manifest["sha256"][name])
-        state = json.loads((path / "state.json").read_bytes())
+        contents = [read_whole(path / name, manifest["sha256"][name]) for name in FILES]
+        state = json.loads(contents[0])
         if state["num_timesteps"] != steps_of(path):
             raise ValueError(f"it is of step {state['num_timesteps']}, its name says another")
         for shard in state["replay_buffer"]["shards"]:
-            check_file(shard_file(path.parent, shard), shard["sha256"])
-        return Checkpoint(path, state, load_file(path / "state.safetensors"))
+            read_whole(shard_file(path.parent, shard), shard["sha256"])
+        return Checkpoint(path, state, load(contents[1]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} refused: {error or type(error).__name__}") from error
 
 
-def check_file(path: Path, sha256: str) -> None:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != sha256:
+def read_whole(path: Path, sha256: str) -> bytes:
+    """
+    :param path: file to read; not mapped into memory, as it could change while it is in use
+    :param sha256: checksum that it was written with
+    :return: its content
+    :raises ValueError: if its checksum is another
+    """
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path.name} is not as it was written (checksum)")
+    return content
 
 
 def write(path: Path, content: bytes) -> None:
@@ -179,6 +182,16 @@ def write_shard(columns: Arrays, folder: Path) -> str:
     os.replace(path.with_suffix(".tmp"), path)
     sync(path.parent)
     return sha256
+
+
+def read_shard(folder: Path, shard: dict[str, Any]) -> Arrays:
+    """
+    :param folder: folder of the checkpoints
+    :param shard: entry of ``state.json``
+    :return: some rows of each array of the replay buffer
+    :raises ValueError: if the file is broken
+    """
+    return load(read_whole(shard_file(folder, shard), shard["sha256"]))
 
 
 def remove_unused_shards(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 Arrays = dict[str, np.ndarray]
@@ -65,7 +66,7 @@ def newest_checkpoint(folder: str | Path) -> Checkpoint:
     :raises ValueError: if there is none, with the reason for each
     """
     path = Path(folder)
-    if NAME.fullmatch(path.name) and (path / "manifest.json").exists():
+    if NAME.fullmatch(path.name) and path.is_dir() and not (path / "replay_buffer").exists():
         return read_checkpoint(path)
     refused = []
     for candidate in checkpoints(path):
@@ -101,7 +102,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for shard in state["replay_buffer"]["shards"]:
             read_whole(shard_file(path.parent, shard), shard["sha256"])
         return Checkpoint(path, state, load(contents[1]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} refused: {error or type(error).__name__}") from error
 
 

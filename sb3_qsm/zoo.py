@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> None:
     if script not in ZOO_SCRIPTS:
         raise ValueError(f"script={script!r} is unknown, choose one of {', '.join((*ZOO_SCRIPTS, 'plot'))}")
     optimizes = bool({"-optimize", "--optimize-hyperparameters"} & set(rest))
-    if known.checkpoints is not None and (script != "train" or optimizes or "--algo" in rest and "qsm" not in rest):
+    if known.checkpoints is not None and (script != "train" or optimizes or ("--algo" in rest and "qsm" not in rest)):
         raise ValueError(f"--checkpoints {known.checkpoints} goes with training QSM, got {' '.join(arguments)}")
     try:
         register(QSM if known.checkpoints is None else checkpointed(known.checkpoints, known.checkpoint_freq))

@@ -77,6 +77,7 @@ def test_onnx_dictionaries_and_images(tmp_path, deterministic):
     assert names == set(env.observation_space.spaces) | (set() if deterministic else {"noise"})
 
 
+@pytest.mark.expensive
 def test_graph_that_differs_is_not_written(model, tmp_path, monkeypatch):
     monkeypatch.setattr("sb3_qsm.export.TOLERANCE", -1.0)
     with pytest.raises(ValueError, match=r"the ONNX graph must be within -1.0 of PyTorch, it differs by .*: not written"):

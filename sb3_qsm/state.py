@@ -74,8 +74,8 @@ class Capture:
         :param value: an attribute
         :return: whether it is no part of the state: configuration, or an object met before
         """
-        is_model = type(value).__name__ == "MjModel"  # its digest goes with its MjData
-        return id(value) in self.seen or isinstance(value, CONFIGURATION) or is_model
+        # The digest of an MjModel goes with its MjData
+        return id(value) in self.seen or isinstance(value, CONFIGURATION) or _is_mujoco(value, "MjModel")
 
     def value(self, path: str, value: Any) -> Any:
         """
@@ -91,7 +91,7 @@ class Capture:
         for kind, (matches, take, _) in KINDS.items():
             if matches(value) and (self.strict or kind != "object"):
                 return {"kind": kind, **take(self, path, value)}
-        raise OpaqueError(f"{path} ({type(value).__module__}.{type(value).__qualname__}) is no data")
+        raise OpaqueError(f"{path}, {type(value)}, is no data")
 
     def array(self, path: str, array: np.ndarray) -> dict[str, Any]:
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
@@ -130,6 +130,8 @@ def restore_attributes(instance: Any, data: dict[str, Any], arrays: Arrays, leav
     :param leave_out: names of attributes to leave as they are
     """
     for name, value in data.items():
+        if name.startswith("__"):
+            raise ValueError(f"{name} is no attribute that a capture takes")
         if name not in leave_out:
             setattr(instance, name, restore(value, arrays, getattr(instance, name, None)))
 
@@ -265,8 +267,9 @@ def _model_digest(model: Any) -> str:
     return hashlib.sha256(content.tobytes()).hexdigest()
 
 
-def _is_mujoco(value: Any) -> bool:
-    return "mujoco" in sys.modules and type(value).__name__ == "MjData"
+def _is_mujoco(value: Any, name: str) -> bool:
+    """Whether a value is an object of MuJoCo, which is there only if an environment has imported it."""
+    return "mujoco" in sys.modules and isinstance(value, getattr(sys.modules["mujoco"], name))
 
 
 def _give_object(data: Any, arrays: Arrays, current: Any) -> Any:
@@ -308,7 +311,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], Callable[..., dict[str, Any]], Cal
     "random_state": (lambda value: isinstance(value, np.random.RandomState), _take_generator, _give_generator),
     "torch_generator": (lambda value: isinstance(value, th.Generator), _take_torch_generator, _give_torch_generator),
     "space": (lambda value: isinstance(value, spaces.Space), _take_space, _give_space),
-    "mujoco": (_is_mujoco, _take_mujoco, _give_mujoco),
+    "mujoco": (functools.partial(_is_mujoco, name="MjData"), _take_mujoco, _give_mujoco),
     "object": (
         _is_plain,
         lambda capture, path, value: {
@@ -356,7 +359,7 @@ def capture_env(path: str, env: VecEnv, arrays: Arrays) -> dict[str, Any]:
         try:
             # The list of environments and those wrapped are layers of their own
             states.append(capture.attributes(layer_path, layer, leave_out=INNER))
-        except OpaqueError as error:
+        except Exception as error:  # whatever goes wrong in a look at objects of any kind: they have no state to take
             reason = str(error)
             states.append(Capture(arrays, strict=False).attributes(layer_path, layer, leave_out=INNER))
     if reason is not None:

@@ -428,12 +428,18 @@ def test_folder_that_cannot_be_written(tmp_path):
         QSM("MlpPolicy", make_env(), **SMALL).learn(5, CheckpointCallback(1, tmp_path / "file" / "run"))
 
 
-@pytest.mark.parametrize("make", [lambda: DummyVecEnv([OpaqueEnv]), lambda: SubprocVecEnv([OpaqueEnv])])
+def dm_control():
+    pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
+    return DummyVecEnv([lambda: gym.wrappers.FlattenObservation(gym.make("dm_control/cartpole-swingup-v0"))])
+
+
+@pytest.mark.parametrize("make", [lambda: DummyVecEnv([OpaqueEnv]), lambda: SubprocVecEnv([OpaqueEnv]), dm_control])
 def test_environment_without_a_state(make, tmp_path):
     """The run goes on with a new episode, and says so; returns over several steps do not reach across."""
     model = QSM("MlpPolicy", VecNormalize(make()), n_steps=3, **SMALL)
     model.learn(25, CheckpointCallback(10, tmp_path))
-    with pytest.warns(UserWarning, match="(simulator|SubprocVecEnv).*new episode, not bit for bit"):
+    with pytest.warns(UserWarning, match="(simulator|SubprocVecEnv|StepType).*new episode, not bit for bit"):
         resumed = QSM.resume(tmp_path, VecNormalize(make()))
     assert resumed.num_timesteps == 20
     assert resumed.replay_buffer.timeouts[:20].ravel().tolist() == [0.0] * 19 + [1.0]

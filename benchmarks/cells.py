@@ -31,6 +31,9 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.algorithms import algorithm_class
 from benchmarks.suites import NOISE, Cell, read_policy_kwargs
+from sb3_qsm import QSM
+from sb3_qsm.checkpoint import CheckpointCallback
+from sb3_qsm.storage import checkpoints, newest_checkpoint
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start states for every algorithm and every evaluation
 PACKAGES = ("sb3_qsm", "stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")
@@ -97,10 +100,15 @@ class Recorder(BaseCallback):
     def __init__(self, cell: Cell, folder: Path) -> None:
         super().__init__()
         self.cell = cell
+        self.folder = folder
         self.envs = make_vec_env(lambda: make_env(cell), n_envs=cell.n_eval_episodes)
         self.file = open(folder / "evaluations.csv", "w", newline="")
-        self.start = self.evaluation_s = self.last_report = 0.0
+        self.start = self.evaluation_s = self.last_report = self.trained_s = 0.0
+        self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.next_evaluation = 0
+        # Checkpoints hold the data of callbacks: what was written so far goes into the files of the next process
+        self.logs: dict[str, str] = {}
+        self.resumed_at: list[int] = []
         self.mean_return = float("nan")
 
     @property
@@ -109,8 +117,15 @@ class Recorder(BaseCallback):
         return time.perf_counter() - self.start - self.evaluation_s
 
     def _on_training_start(self) -> None:
-        self.start = time.perf_counter()
-        self._evaluate()
+        self.start = time.perf_counter() - self.trained_s - self.evaluation_s
+        if not self.logs:
+            self._evaluate()
+            return
+        self.resumed_at.append(self.num_timesteps)
+        self.file.write(self.logs["evaluations.csv"])
+        (output,) = self.logger.output_formats
+        output.file.write(self.logs["progress.csv"])  # type: ignore[attr-defined]
+        output.keys = self.logs["progress.csv"].splitlines()[0].split(",")  # type: ignore[attr-defined]
 
     def _on_step(self) -> bool:
         if self.num_timesteps >= min(self.next_evaluation, self.cell.n_timesteps):
@@ -146,6 +161,8 @@ class Recorder(BaseCallback):
         self.model.dump_logs()
         self.next_evaluation += self.cell.eval_freq
         self.evaluation_s += time.perf_counter() - start
+        self.trained_s = self.training_s
+        self.logs = {name: (self.folder / name).read_text() for name in ("evaluations.csv", "progress.csv")}
 
 
 def git_revision() -> str:
@@ -174,17 +191,30 @@ def versions() -> dict[str, str]:
     return found
 
 
+def saves_name(revision: str) -> str:
+    """Name of the folder of checkpoints: a cell goes on only with the code that began it."""
+    return f"checkpoints-{revision}"
+
+
 def train(cell: Cell, folder: Path, revision: str) -> None:
     """
+    Train a cell; QSM goes on from the checkpoints that are there, other algorithms begin again.
+
     :param cell: what to train
     :param folder: existing folder for the files of the result
     :param revision: git revision to note
     """
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     recorder = Recorder(cell, folder)  # before the model, which sets the seeds: making environments draws random numbers
     model = make_model(cell)
     model.set_logger(configure(str(folder), ["csv"]))
-    model.learn(cell.n_timesteps, callback=recorder, log_interval=None)  # type: ignore[arg-type]
+    callbacks: list[BaseCallback] = [recorder]
+    if type(model) is QSM:
+        saves = folder / saves_name(revision)
+        if checkpoints(saves):
+            model.restore(newest_checkpoint(saves))
+        callbacks.append(CheckpointCallback(max(cell.eval_freq // model.n_envs, 1), saves))
+    steps_left = cell.n_timesteps - model.num_timesteps
+    model.learn(steps_left, callbacks, log_interval=None, reset_num_timesteps=False)  # type: ignore[arg-type]
     training_s, evaluation_s = recorder.training_s, recorder.evaluation_s
     model.logger.close()
     model.save(folder / "model")
@@ -193,7 +223,8 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
         "cell": asdict(cell),
         "command": " ".join(cell.command()),
         "git_revision": revision,
-        "started": started,
+        "started": recorder.started,
+        "resumed_at": recorder.resumed_at,
         "training_s": round(training_s, 1),
         "evaluation_s": round(evaluation_s, 1),
         "steps_per_s": round(cell.n_timesteps / training_s, 2),
@@ -224,7 +255,8 @@ def publish(files: Path, folder: Path) -> None:
 
 def run_cell(cell: Cell, out: Path, revision: str | None = None) -> bool:
     """
-    Train a cell unless its result is there. A killed process leaves only a temporary folder, which the next one clears.
+    Train a cell unless its result is there. A killed process leaves only a temporary folder, which the next one clears or,
+    for QSM, goes on from.
 
     :param cell: what to train
     :param out: results folder
@@ -238,12 +270,15 @@ def run_cell(cell: Cell, out: Path, revision: str | None = None) -> bool:
         if cell.is_finished(out):
             return True
         files = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(files, ignore_errors=True)
-        files.mkdir()
+        revision = revision or git_revision()
+        if not checkpoints(files / saves_name(revision)):
+            shutil.rmtree(files, ignore_errors=True)
+        files.mkdir(exist_ok=True)
         try:
             th.set_num_threads(1)
-            train(cell, files, revision or git_revision())
+            train(cell, files, revision)
         except Exception:
             (files / "error.txt").write_text(traceback.format_exc())
+        shutil.rmtree(files / saves_name(revision), ignore_errors=True)
         publish(files, folder)
     return cell.is_finished(out)

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
@@ -21,8 +22,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorch
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 
+from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, action_gradient, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, lookup
+from sb3_qsm.storage import Checkpoint, newest_checkpoint
 from sb3_qsm.temperature import Temperature, make_temperature
 
 SelfQSM = TypeVar("SelfQSM", bound="QSM")
@@ -101,6 +104,7 @@ class QSM(OffPolicyAlgorithm):
     critic: ContinuousCritic
     critic_target: ContinuousCritic
     temperature: Temperature
+    _resumed: Checkpoint | None = None
 
     def __init__(
         self,
@@ -360,6 +364,43 @@ class QSM(OffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
+    @classmethod
+    def resume(cls: type[SelfQSM], folder: str | pathlib.Path, env: GymEnv | str, **kwargs: Any) -> SelfQSM:
+        """
+        Go on with a run where a :class:`~sb3_qsm.checkpoint.CheckpointCallback` left it. To end where the run was to end::
+
+            model = QSM.resume(folder, env)
+            model.learn(total_timesteps - model.num_timesteps, callback, reset_num_timesteps=False)
+
+        :param folder: folder of checkpoints, of which the newest whole one is taken, or one checkpoint
+        :param env: the environment of the run, built as it was then
+        :param kwargs: arguments of the run that a checkpoint cannot hold (functions, classes, action noise), and
+            ``tensorboard_log``, ``verbose``, ``seed`` or ``device`` if they are to differ
+        :return: the model, its replay buffer filled
+        :raises ValueError: if there is no whole checkpoint, or if environment or arguments are not those of the run
+        """
+        checkpoint = newest_checkpoint(folder)
+        model = cls(env=env, **resume_arguments(checkpoint.state, kwargs))
+        model.restore(checkpoint)
+        return model
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """
+        :meth:`resume` for a model that is already built.
+
+        :param checkpoint: from :func:`~sb3_qsm.storage.newest_checkpoint`
+        :raises ValueError: if environment or arguments are not those of the run
+        """
+        restore_model(self, checkpoint)
+        self._resumed = checkpoint
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        callback = super()._init_callback(callback, progress_bar)
+        if self._resumed is not None:
+            continue_training(self, callback, self._resumed)
+            self._resumed = None
+        return callback
+
     def save(
         self,
         path: str | pathlib.Path | io.BufferedIOBase,
@@ -379,7 +420,8 @@ class QSM(OffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_score_target", "_metrics"]
+        own = ["actor", "critic", "critic_target", "_score_target", "_metrics", "_resumed"]
+        return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "actor.optimizer", "critic.optimizer", "temperature", *self.temperature.optimizer_names]

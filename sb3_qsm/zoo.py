@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sb3_qsm import QSM
+from sb3_qsm.checkpoint import CheckpointCallback
+from sb3_qsm.storage import checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     import optuna
@@ -52,15 +54,38 @@ def convert_qsm_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return hyperparams
 
 
-def register() -> None:
+def checkpointed(folder: Path, save_freq: int) -> type[QSM]:
+    """
+    QSM that saves checkpoints as the zoo trains it, and goes on from the newest one that is there.
+
+    :param folder: folder of the checkpoints
+    :param save_freq: environment steps between them
+    :return: the class
+    """
+
+    class CheckpointedQSM(QSM):
+        def learn(self, total_timesteps: int, callback: Any = None, **kwargs: Any) -> "CheckpointedQSM":  # type: ignore[override]
+            if checkpoints(folder):
+                self.restore(newest_checkpoint(folder))
+                print(f"Going on at {self.num_timesteps} steps")
+            saving = CheckpointCallback(max(save_freq // self.n_envs, 1), folder, verbose=self.verbose)
+            kwargs["reset_num_timesteps"] = self._resumed is None
+            return super().learn(total_timesteps - self.num_timesteps, [*(callback or []), saving], **kwargs)
+
+    return CheckpointedQSM
+
+
+def register(algorithm: type[QSM] = QSM) -> None:
     """
     Make QSM known to rl_zoo3, and dm_control's tasks to Gymnasium.
+
+    :param algorithm: what the zoo shall train as QSM
     """
     import rl_zoo3
     import rl_zoo3.hyperparams_opt
     import shimmy  # noqa: F401
 
-    rl_zoo3.ALGOS["qsm"] = QSM
+    rl_zoo3.ALGOS["qsm"] = algorithm
     rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER["qsm"] = sample_qsm_params
     rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER["qsm"] = convert_qsm_params
 
@@ -121,16 +146,25 @@ def main(arguments: list[str]) -> None:
     """
     Run a script of the zoo, or ``plot``.
 
-    :param arguments: command line: the script's name, then its own arguments
+    :param arguments: command line: the script's name, then its own arguments; ``--checkpoints FOLDER`` with ``train`` saves
+        there every ``--checkpoint-freq`` steps (10 000), and the same command again goes on from there
+    :raises ValueError: for an unknown script, or checkpoints of something else than QSM in training
     """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--checkpoint-freq", type=int, default=10_000)
+    known, arguments = parser.parse_known_args(arguments)
     script, *rest = arguments or [""]
     if script == "plot":
         plot(rest)
         return
     if script not in ZOO_SCRIPTS:
         raise ValueError(f"script={script!r} is unknown, choose one of {', '.join((*ZOO_SCRIPTS, 'plot'))}")
+    optimizes = bool({"-optimize", "--optimize-hyperparameters"} & set(rest))
+    if known.checkpoints is not None and (script != "train" or optimizes or ("--algo" in rest and "qsm" not in rest)):
+        raise ValueError(f"--checkpoints {known.checkpoints} goes with training QSM, got {' '.join(arguments)}")
     try:
-        register()
+        register(QSM if known.checkpoints is None else checkpointed(known.checkpoints, known.checkpoint_freq))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('The zoo is not installed: pip install "sb3-qsm[zoo]"') from error
     module = f"rl_zoo3.{script}"

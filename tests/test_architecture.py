@@ -17,9 +17,13 @@ ALLOWED = {
     "temperature": set(),
     "samplers": {"schedules"},
     "policies": {"schedules", "samplers", "networks"},
-    "qsm": {"losses", "policies", "temperature"},
+    "storage": set(),
+    "state": {"storage"},
+    "checkpoint": {"state", "storage"},
+    "qsm": {"checkpoint", "losses", "policies", "storage", "temperature"},
+    "export": {"policies", "qsm", "state"},
     "__init__": {"policies", "qsm"},
-    "zoo": {"", "qsm"},
+    "zoo": {"", "checkpoint", "qsm", "storage"},
 }
 
 
@@ -47,6 +51,12 @@ def test_imports_point_one_way(module):
 def test_equations_need_torch_only(module):
     foreign = {name.partition(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"sb3_qsm"}
     assert foreign == {"torch"}
+
+
+@pytest.mark.parametrize("module", ["storage", "state", "checkpoint", "export"])
+def test_nothing_that_is_handed_over_is_pickled(module):
+    assert not set(imports(module)) & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    assert "torch.load" not in (source := (ROOT / f"{module}.py").read_text()) and "th.load" not in source
 
 
 def test_public_names():

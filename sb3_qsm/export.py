@@ -1,0 +1,237 @@
+"""
+Hand a policy over: to ONNX, or to one safetensors file that loads without pickle.
+
+Both take the environment's own observations and return its own actions: what ``VecNormalize`` does to observations, and
+the scaling of actions, are part of them.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from sb3_qsm.policies import CnnPolicy, DiffusionPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qsm.qsm import QSM
+from sb3_qsm.state import describe, is_opaque, rebuild
+
+FORMAT = 1
+TOLERANCE = 1e-5
+
+
+class ExportedPolicy(nn.Module):
+    """
+    The chain of a policy, from raw observations and noise to the environment's actions.
+
+    :param policy: policy, its critics are not used
+    :param normalization: mean and standard deviation of observations and the largest normalised value, by key of the
+        observation (``"observation"`` unless they are dictionaries)
+    """
+
+    low: th.Tensor
+    high: th.Tensor
+
+    def __init__(self, policy: DiffusionPolicy, normalization: dict[str, dict[str, th.Tensor]]) -> None:
+        super().__init__()
+        self.policy = policy
+        self.space, self.action_space = policy.observation_space, policy.action_space
+        self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["observation"]
+        self.noise_shape = (1 + policy.actor.noise_schedule.n_steps, policy.actor.action_dim)
+        self.normalization = normalization
+        assert isinstance(self.action_space, spaces.Box)
+        self.register_buffer("low", th.as_tensor(self.action_space.low))
+        self.register_buffer("high", th.as_tensor(self.action_space.high))
+        policy.set_training_mode(False)
+
+    def forward(self, noise: th.Tensor, *observations: th.Tensor) -> th.Tensor:
+        """
+        :param noise: start of the chain and noise of each step, shape (1 + T, B, A)
+        :param observations: one tensor of shape (B, ...), or one for each key
+        :return: actions, shape (B, ...)
+        """
+        obs = {}
+        for key, value in zip(self.keys, observations, strict=True):
+            if key in self.normalization:  # in the precision of the observations, as VecNormalize does it
+                stats = self.normalization[key]
+                value = ((value - stats["mean"]) / stats["std"]).clamp(-stats["clip"], stats["clip"])
+            obs[key] = value
+        scaled = self.policy.actor.sample(obs if isinstance(self.space, spaces.Dict) else obs["observation"], noise)
+        return self.low + 0.5 * (scaled.reshape(-1, *self.low.shape) + 1) * (self.high - self.low)
+
+    def predict(self, observation: np.ndarray | dict[str, np.ndarray], deterministic: bool = False) -> np.ndarray:
+        """
+        :param observation: observations of several environments, shape (B, ...)
+        :param deterministic: whether to leave out all noise
+        :return: actions, shape (B, ...)
+        """
+        parts = observation if isinstance(observation, dict) else {"observation": observation}
+        tensors = [th.as_tensor(parts[key]) for key in self.keys]
+        draw = th.zeros if deterministic else th.randn
+        with th.no_grad():
+            return self(draw(self.noise_shape[0], len(tensors[0]), self.noise_shape[1]), *tensors).numpy()
+
+
+class _Deterministic(nn.Module):
+    """An exported policy without its noise."""
+
+    def __init__(self, exported: ExportedPolicy) -> None:
+        super().__init__()
+        self.exported = exported
+
+    def forward(self, *observations: th.Tensor) -> th.Tensor:
+        n_draws, action_dim = self.exported.noise_shape
+        return self.exported(th.zeros(n_draws, observations[0].shape[0], action_dim), *observations)
+
+
+def exported_policy(model: QSM) -> ExportedPolicy:
+    """
+    :param model: trained model; its ``VecNormalize``, if it has one, goes along
+    :return: a copy of its policy on the CPU, from raw observations to actions
+    """
+    env = model.get_vec_normalize_env()
+    normalization = {}
+    if env is not None and env.norm_obs:
+        all_stats = env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
+        for key, stats in all_stats.items():
+            std = np.sqrt(stats.var + env.epsilon)
+            normalization[key] = {"mean": th.tensor(stats.mean), "std": th.tensor(std), "clip": th.tensor(float(env.clip_obs))}
+    return ExportedPolicy(copy.deepcopy(model.policy).to("cpu"), normalization)
+
+
+def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> None:
+    """
+    Write the chain as an ONNX graph, and compare it with PyTorch on random observations before it gets its name.
+
+    Inputs: ``observation``, shape (B, ...), in the type of the observation space (or one input for each key), and, unless
+    deterministic, ``noise``, standard normal numbers of shape (1 + T, B, A). Output: ``action``, shape (B, ...).
+
+    :param model: trained model
+    :param path: file to write
+    :param deterministic: whether to leave out all noise
+    :raises ValueError: if the graph differs from PyTorch by more than 1e-5 of the range of an action; no file is left
+    """
+    import onnxruntime
+
+    exported = exported_policy(model)
+    noise, *observations = _random_inputs(exported, n=2)
+    batch = th.export.Dim("batch")
+    per_row = tuple({0: batch} for _ in observations)
+    aside = Path(path).with_name(f".{Path(path).name}.tmp")
+    program = th.onnx.export(
+        (_Deterministic(exported) if deterministic else exported).eval(),
+        tuple(observations) if deterministic else (noise, *observations),
+        input_names=exported.keys if deterministic else ["noise", *exported.keys],
+        output_names=["action"],
+        dynamic_shapes=(per_row,) if deterministic else ({1: batch}, per_row),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    program.save(aside, external_data=False)
+    session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
+    noise, *observations = _random_inputs(exported, n=64)
+    inputs = dict(zip(exported.keys, [value.numpy() for value in observations], strict=True))
+    (found,) = session.run(["action"], inputs if deterministic else {**inputs, "noise": noise.numpy()})
+    with th.no_grad():
+        expected = exported(th.zeros_like(noise) if deterministic else noise, *observations).numpy()
+    difference = float(np.abs((found - expected) / (exported.high - exported.low).numpy()).max())
+    if not difference <= TOLERANCE:
+        aside.unlink()
+        raise ValueError(f"the ONNX graph must be within {TOLERANCE} of PyTorch, it differs by {difference}: not written")
+    os.replace(aside, path)
+
+
+def save_policy(model: QSM, path: str | Path) -> None:
+    """
+    Write the policy to one safetensors file: weights, spaces, statistics of ``VecNormalize`` and, as JSON in its header,
+    the arguments of the policy. No pickle.
+
+    :param model: trained model
+    :param path: file to write
+    :raises ValueError: if a space is neither a box nor a dictionary of boxes
+    """
+    exported = exported_policy(model)
+    spaces_ = dict(zip(exported.keys, _boxes(exported.space), strict=True)) | {"action": exported.action_space}
+    tensors = {f"policy.{name}": value.contiguous() for name, value in exported.policy.state_dict().items()}
+    for name, space in spaces_.items():
+        tensors |= {f"space.{name}.{bound}": th.tensor(getattr(space, bound)) for bound in ("low", "high")}
+    for key, stats in exported.normalization.items():
+        tensors |= {f"normalization.{key}.{name}": value for name, value in stats.items()}
+    header = {
+        "format": FORMAT,
+        "policy_class": f"{type(model.policy).__module__}.{type(model.policy).__qualname__}",
+        "policy_kwargs": describe(model.policy_kwargs),
+        "dictionary": isinstance(exported.space, spaces.Dict),
+    }
+    aside = Path(path).with_name(f".{Path(path).name}.tmp")
+    aside.write_bytes(save(tensors, metadata={"sb3_qsm": json.dumps(header)}))
+    os.replace(aside, path)
+
+
+def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -> ExportedPolicy:
+    """
+    :param path: file from :func:`save_policy`
+    :param policy_kwargs: those of the model, needed only if they hold functions or classes
+    :return: the policy
+    :raises ValueError: if the file is another or broken, or if it needs ``policy_kwargs``
+    """
+    try:
+        content = Path(path).read_bytes()  # not mapped: the file may change later
+        tensors = load(content)
+        header_size = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"]["sb3_qsm"])
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']!r}, this version reads format {FORMAT}")
+        if policy_kwargs is None and is_opaque(header["policy_kwargs"]):
+            raise ValueError("policy_kwargs must be given again, as the file holds no functions, classes or objects")
+        classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in (MlpPolicy, CnnPolicy, MultiInputPolicy)}
+        boxes: dict[str, Any] = {}
+        for name in [name.split(".")[1] for name in tensors if name.startswith("space.") and name.endswith(".low")]:
+            low, high = (tensors[f"space.{name}.{bound}"].numpy() for bound in ("low", "high"))
+            boxes[name] = spaces.Box(low, high, dtype=low.dtype.type)
+        action_space = boxes.pop("action")
+        policy = classes[header["policy_class"]](
+            spaces.Dict(boxes) if header["dictionary"] else boxes["observation"],
+            action_space,
+            lr_schedule=lambda _: 0.0,
+            **(rebuild(header["policy_kwargs"]) if policy_kwargs is None else policy_kwargs),
+        )
+        policy.load_state_dict(_under("policy.", tensors))
+        normalization: dict[str, dict[str, th.Tensor]] = {}
+        for name, value in _under("normalization.", tensors).items():
+            key, stat = name.rsplit(".", 1)
+            normalization.setdefault(key, {})[stat] = value
+        return ExportedPolicy(policy, normalization)
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"policy {path} refused: {error}") from error
+
+
+def _under(prefix: str, tensors: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _boxes(space: spaces.Space) -> list[spaces.Box]:
+    boxes = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+    if not all(isinstance(box, spaces.Box) for box in boxes):
+        raise ValueError(f"observation_space must be a box or a dictionary of boxes, got {space}")
+    return boxes  # type: ignore[return-value]
+
+
+def _random_inputs(exported: ExportedPolicy, n: int) -> list[th.Tensor]:
+    """Noise and observations, which leave the random numbers of a training as they are; 10 wide without bounds."""
+    rng = np.random.default_rng(0)
+    inputs = [th.as_tensor(rng.standard_normal((exported.noise_shape[0], n, exported.noise_shape[1]), np.float32))]
+    for box in _boxes(exported.space):
+        low, high = (
+            np.maximum(box.low.astype(float), -10),
+            np.minimum(box.high.astype(float), 255 if box.dtype == np.uint8 else 10),
+        )
+        inputs.append(th.as_tensor(rng.uniform(low, high, size=(n, *box.shape)).astype(box.dtype)))
+    return inputs

@@ -1,0 +1,160 @@
+"""A policy that is handed over acts as it did."""
+
+import json
+import sys
+
+import gymnasium as gym
+import numpy as np
+import onnxruntime
+import pytest
+import torch as th
+from safetensors import safe_open
+from safetensors.torch import load, save_file
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_qsm import QSM
+from sb3_qsm.export import export_onnx, exported_policy, load_policy, save_policy
+
+SMALL = dict(batch_size=8, learning_starts=10, buffer_size=200, seed=0, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Observations normalised, actions in [-2, 2], and one argument that is a tuple."""
+    kwargs = dict(net_arch=[16], n_diffusion_steps=3, denoiser_kwargs=dict(time_dim=8, time_net_arch=(8,)))
+    env = VecNormalize(make_vec_env("Pendulum-v1"), clip_obs=2.0)
+    return QSM("MlpPolicy", env, policy_kwargs=kwargs, **SMALL).learn(30)
+
+
+@pytest.fixture(scope="module")
+def observations():
+    """Raw ones, some of them far enough from the mean to be clipped."""
+    return np.random.default_rng(1).normal(size=(1000, 3), scale=[1, 1, 30]).astype(np.float32)
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_onnx_deterministic(model, observations, tmp_path):
+    state = th.get_rng_state()
+    export_onnx(model, tmp_path / "policy.onnx")
+    assert th.equal(th.get_rng_state(), state)
+    normalized = model.get_vec_normalize_env().normalize_obs(observations)
+    assert (np.abs(normalized) == 2.0).any()
+    expected, _ = model.predict(normalized, deterministic=True)
+    assert expected.std() > 0.01
+    onnx = session(tmp_path / "policy.onnx")
+    assert [(i.name, i.type) for i in onnx.get_inputs()] == [("observation", "tensor(float)")]
+    for n in [1, 7, 1000]:
+        (found,) = onnx.run(["action"], {"observation": observations[:n]})
+        np.testing.assert_allclose(found, expected[:n], rtol=0, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.onnx"]
+
+
+def test_onnx_sampled(model, observations, tmp_path):
+    export_onnx(model, tmp_path / "policy.onnx", deterministic=False)
+    noise = np.random.default_rng(2).normal(size=(4, 1000, 1)).astype(np.float32)
+    normalized = th.as_tensor(model.get_vec_normalize_env().normalize_obs(observations))
+    with th.no_grad():
+        expected = model.policy.unscale_action(model.actor.sample(normalized, th.as_tensor(noise)).numpy())
+    onnx = session(tmp_path / "policy.onnx")
+    for n in [1, 1000]:
+        (found,) = onnx.run(["action"], {"observation": observations[:n], "noise": noise[:, :n]})
+        np.testing.assert_allclose(found, expected[:n], rtol=0, atol=1e-5)
+
+
+@pytest.mark.expensive
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_onnx_dictionaries_and_images(tmp_path, deterministic):
+    env = SimpleMultiObsEnv(discrete_actions=False, channel_last=False)
+    policy_kwargs = dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))
+    model = QSM("MultiInputPolicy", env, policy_kwargs=policy_kwargs, **SMALL).learn(15)
+    export_onnx(model, tmp_path / "policy.onnx", deterministic)  # compares by itself
+    names = {i.name for i in session(tmp_path / "policy.onnx").get_inputs()}
+    assert names == set(env.observation_space.spaces) | (set() if deterministic else {"noise"})
+
+
+@pytest.mark.expensive
+def test_graph_that_differs_is_not_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("sb3_qsm.export.TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"the ONNX graph must be within -1.0 of PyTorch, it differs by .*: not written"):
+        export_onnx(model, tmp_path / "policy.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_policy_file(model, observations, tmp_path):
+    save_policy(model, tmp_path / "policy.safetensors")
+    found = []
+    sys.addaudithook(lambda event, args: found.append(args) if event == "pickle.find_class" else None)
+    policy = load_policy(tmp_path / "policy.safetensors")
+    assert found == []
+    normalized = model.get_vec_normalize_env().normalize_obs(observations)
+    expected, _ = model.predict(normalized, deterministic=True)
+    np.testing.assert_array_equal(policy.predict(observations, deterministic=True), expected)
+    th.manual_seed(0)
+    first = policy.predict(observations)
+    th.manual_seed(0)
+    np.testing.assert_array_equal(first, exported_policy(model).predict(observations))
+    assert first.std() > 0.01 and np.abs(first - expected).max() > 0.01
+    for name, weight in model.policy.state_dict().items():
+        assert th.equal(policy.policy.state_dict()[name], weight)
+
+
+def test_policy_file_of_dictionaries(tmp_path):
+    env = SimpleMultiObsEnv(discrete_actions=False, channel_last=False)
+    policy_kwargs = dict(net_arch=[8], features_extractor_kwargs=dict(cnn_output_dim=8))
+    model = QSM("MultiInputPolicy", env, policy_kwargs=policy_kwargs, **SMALL)
+    save_policy(model, tmp_path / "policy.safetensors")
+    obs = {key: value[None] for key, value in env.observation_space.sample().items()}
+    expected, _ = model.predict(obs, deterministic=True)
+    found = load_policy(tmp_path / "policy.safetensors").predict(obs, deterministic=True)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_policy_with_a_class_among_its_arguments(tmp_path):
+    policy_kwargs = dict(net_arch=[8], activation_fn=th.nn.ReLU)
+    save_policy(QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, **SMALL), tmp_path / "policy")
+    with pytest.raises(ValueError, match="policy_kwargs must be given again"):
+        load_policy(tmp_path / "policy")
+    assert load_policy(tmp_path / "policy", policy_kwargs).policy.critic_kwargs["activation_fn"] is th.nn.ReLU
+
+
+def test_policy_files_that_are_refused(model, tmp_path):
+    path = tmp_path / "policy.safetensors"
+    save_policy(model, path)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["sb3_qsm"])
+    content = path.read_bytes()
+    tensors = load(content)
+    broken = {
+        "truncated": lambda: path.write_bytes(content[:-1]),
+        "another file": lambda: path.write_bytes(b"no safetensors"),
+        "no header": lambda: save_file(tensors, path),
+        "format 2": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"format": 2})}),
+        "another class": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"policy_class": "os.system"})}),
+        "a weight less": lambda: save_file(dict(list(tensors.items())[1:]), path, {"sb3_qsm": json.dumps(header)}),
+    }
+    for what, write in broken.items():
+        write()
+        with pytest.raises(ValueError, match=r"policy.safetensors refused: " + ("format 2" if what == "format 2" else "")):
+            load_policy(path)
+
+
+def test_spaces_that_are_not_boxes(tmp_path):
+    class DiscreteObservations(gym.Env):
+        observation_space, action_space = gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            return 0, {}
+
+        def step(self, action):
+            return 0, 0.0, False, False, {}
+
+    model = QSM("MlpPolicy", DiscreteObservations(), policy_kwargs=dict(net_arch=[8]), **SMALL)
+    for write in (save_policy, export_onnx):
+        with pytest.raises(ValueError, match="observation_space must be a box or a dictionary of boxes, got Discrete"):
+            write(model, tmp_path / "policy")
+    assert not list(tmp_path.iterdir())

@@ -1,10 +1,10 @@
 """
 Other ways to train the same diffusion policy, as subclasses of QSM that override the actor's loss.
 
-Everything else is QSM's: critics, TD target, buffer, exploration by the policy's own samples, acting by one sample. So a
-difference between two of them is a difference between two actor losses, not between two code bases; it also means that none
-of them is its authors' method in full. Each docstring says what was kept and what was dropped; what changes the method
-itself is called "-style". Observations must be vectors.
+Everything else is QSM's: critics, TD target, buffer, exploration by the policy's own samples, acting by one sample. So two of
+them differ in the actor's loss, and in the noise levels that their hyperparameters set, not in the code base; it also means
+that none of them is its authors' method in full. Each docstring says what was kept and what was dropped; what changes the
+method itself is called "-style". Observations must be vectors.
 
 Legend: B batch, A action dimension, T diffusion steps, N samples per observation. Scaled actions are in [-1, 1].
 """

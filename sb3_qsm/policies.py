@@ -60,8 +60,8 @@ class DiffusionActor(BasePolicy):
     :param preconditioning: What the network predicts: "edm", "noise", or a function from alpha and sigma to coefficients
     :param denoiser_class: Network to use: "mlp", "late_fusion", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
     :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
-    :param compile_sampling: Whether to compile the reverse chain with ``torch.compile``, which needs a C++ compiler on a CPU and
-        takes up to a minute for each of the first few batch sizes; numbers agree with the plain chain's to rounding
+    :param compile_sampling: Whether to compile the reverse chain with ``torch.compile``, which needs a C++ compiler on a CPU
+        and takes up to a minute for each of the first few batch sizes; numbers agree with the plain chain's to rounding
     :raises ValueError: for a number of steps below 1, and for unknown names
     """
 

@@ -196,6 +196,22 @@ def saves_name(revision: str) -> str:
     return f"checkpoints-{revision}"
 
 
+def ms_per_action(model: BaseAlgorithm, envs: VecEnv) -> float:
+    """
+    :param model: trained model
+    :param envs: environments to take an observation from
+    :return: median time in ms of one sampled action for one observation
+    """
+    obs = envs.reset()
+    obs = {key: value[:1] for key, value in obs.items()} if isinstance(obs, dict) else obs[:1]  # type: ignore[index]
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        model.predict(obs)  # type: ignore[arg-type]
+        times.append(time.perf_counter() - start)
+    return round(1e3 * float(np.median(times)), 3)
+
+
 def train(cell: Cell, folder: Path, revision: str) -> None:
     """
     Train a cell; QSM goes on from the checkpoints that are there, other algorithms begin again.
@@ -228,6 +244,7 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
         "training_s": round(training_s, 1),
         "evaluation_s": round(evaluation_s, 1),
         "steps_per_s": round(cell.n_timesteps / training_s, 2),
+        "ms_per_action": ms_per_action(model, recorder.envs),
         "peak_memory_mb": round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
         ),

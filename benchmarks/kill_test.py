@@ -28,7 +28,7 @@ from sb3_qsm.checkpoint import CheckpointCallback
 from sb3_qsm.storage import checkpoints
 
 WALL_CLOCK = ("time/fps", "time/time_elapsed")
-SMALL = dict(policy_kwargs=dict(net_arch=[16]), batch_size=16, learning_starts=50, buffer_size=1000, seed=0, device="cpu")
+SMALL: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[16]), batch_size=16, learning_starts=50, buffer_size=1000, seed=0, device="cpu")
 
 
 class JSONLinesWriter(KVWriter):

@@ -98,12 +98,13 @@ def cost_table(results: list[Result]) -> list[Row]:
     for task, algorithm, all_runs in by_task(results):
         for machine in dict.fromkeys((it.meta["machine"]["cpu"], it.meta["device"]) for it in all_runs):
             runs = [it for it in all_runs if (it.meta["machine"]["cpu"], it.meta["device"]) == machine]
-            speed, minutes, memory = (
-                [it.meta[key] / unit for it in runs]
-                for key, unit in (("steps_per_s", 1), ("training_s", 60), ("peak_memory_mb", 1))
+            speed, minutes, memory, action = (
+                [it.meta.get(key, np.nan) / unit for it in runs]
+                for key, unit in (("steps_per_s", 1), ("training_s", 60), ("peak_memory_mb", 1), ("ms_per_action", 1))
             )
             row: Row = {"task": task, "algorithm": algorithm, "machine": machine[0], "device": machine[1]}
             row |= {"steps/s, median": np.median(speed), "slowest": min(speed), "fastest": max(speed)}
+            row |= {"ms per action, median": np.nanmedian(action) if np.isfinite(action).any() else "-"}
             row |= {"training min, median": np.median(minutes), "peak MB, largest": max(memory), "cells": runs}
             table.append(row)
     return table

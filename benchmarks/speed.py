@@ -166,11 +166,10 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
         th.set_num_threads(threads)
         work: dict[str, dict[str, tuple[Callable[[], Any], int]]] = {
             "step of learn()": {
-                name: (lambda model=model: model.learn(1, reset_num_timesteps=False), 0) for name, model in models.items()
+                name: (partial(model.learn, 1, reset_num_timesteps=False), 0) for name, model in models.items()
             },
             "update, batch 256": {
-                name: (lambda model=models[name]: model.train(1, 256), flops(partial(models[name].train, 1, 256)))
-                for name in of_torch
+                name: (partial(models[name].train, 1, 256), flops(partial(models[name].train, 1, 256))) for name in of_torch
             },
         }
         for batch in (1, 32):
@@ -178,8 +177,7 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
                 kind = "deterministic" if deterministic else "sampled"
                 obs = np.random.default_rng(0).normal(size=(batch, N_OBS)).astype(np.float32)
                 work[f"{kind} predict, batch {batch}"] = {
-                    name: (lambda model=model, d=deterministic, o=obs: model.predict(o, deterministic=d), 0)
-                    for name, model in models.items()
+                    name: (partial(model.predict, obs, deterministic=deterministic), 0) for name, model in models.items()
                 }
         for what, calls in work.items():
             for name, row in compare(calls, rounds, seconds).items():
@@ -196,25 +194,26 @@ def scaling(rounds: int, seconds: float) -> Iterator[Row]:
 
     def update(batch: int = 256, **kwargs: Any) -> tuple[Callable[[], Any], int]:
         model = make(QSM, **kwargs)
-        work = lambda: model.train(1, batch)  # noqa: E731
+        work = partial(model.train, 1, batch)
         return work, flops(work)
 
     def act(n_envs: int) -> tuple[Callable[[], Any], int]:
         model = make(QSM)
         obs = np.zeros((n_envs, N_OBS), np.float32)
-        return lambda: model.predict(obs), flops(lambda: model.predict(obs))
+        work = partial(model.predict, obs)
+        return work, flops(work)
 
-    tables: dict[str, dict[int, Callable[[], tuple[Callable[[], Any], int]]]] = {
-        "diffusion steps": {n: lambda n=n: update(policy_kwargs=dict(n_diffusion_steps=n)) for n in (1, 2, 5, 10, 20, 50)},
-        "batch": {n: lambda n=n: update(batch=n) for n in (64, 256, 1024, 4096)},
-        "width": {n: lambda n=n: update(policy_kwargs=dict(net_arch=[n, n])) for n in (256, 512, 1024)},
-        "action dimension": {n: lambda n=n: update(action_dim=n) for n in (1, 4, 16, 64)},
-        "n_envs (one action for each)": {n: lambda n=n: act(n) for n in (1, 4, 16)},
+    tables: dict[str, dict[int, tuple[Callable[[], Any], int]]] = {
+        "diffusion steps": {n: update(policy_kwargs=dict(n_diffusion_steps=n)) for n in (1, 2, 5, 10, 20, 50)},
+        "batch": {n: update(batch=n) for n in (64, 256, 1024, 4096)},
+        "width": {n: update(policy_kwargs=dict(net_arch=[n, n])) for n in (256, 512, 1024)},
+        "action dimension": {n: update(action_dim=n) for n in (1, 4, 16, 64)},
+        "n_envs (one action for each)": {n: act(n) for n in (1, 4, 16)},
     }
     for what, entries in tables.items():
-        calls = {str(n): build() for n, build in entries.items()}
+        calls = {str(n): entry for n, entry in entries.items()}
         before: tuple[int, float] | None = None
-        for (n, row), _ in zip(compare(calls, rounds, seconds).items(), entries, strict=True):
+        for n, row in compare(calls, rounds, seconds).items():
             slope = "" if before is None else (row["ms"] - before[1]) / (int(n) - before[0])
             before = (int(n), row["ms"])
             yield {"what": what, "n": int(n), **row, "ms per unit": row["ms"] / int(n), "slope ms": slope}

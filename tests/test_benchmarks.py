@@ -161,7 +161,7 @@ def test_cell_leaves_a_whole_result(tmp_path):
     assert meta["command"] == f"python -m benchmarks cell {cell.suite} --tasks Pendulum-v1 --algos sac --seeds 0 --steps 250"
     assert meta["versions"]["torch"] == th.__version__
     assert meta["machine"]["threads"] == 1
-    assert 100 < meta["peak_memory_mb"] < 10_000
+    assert 100 < meta["peak_memory_mb"] < 10_000 and 0 < meta["ms_per_action"] < 1000
 
 
 def test_evaluation_does_not_change_training(tmp_path):
@@ -385,6 +385,7 @@ def write_result(out: Path, task: str, algorithm: str, seed: int, returns: tuple
     meta |= {
         "training_s": 10.0,
         "steps_per_s": 10.0,
+        "ms_per_action": 1.25,
         "peak_memory_mb": 300,
         "machine": {"cpu": "any", "threads": 1},
         "versions": {},
@@ -435,6 +436,7 @@ def test_report_traces_every_number(page):
     tasks = {(row["task"], row["algorithm"], row["actions"]): row for row in rows(page.parent / "tasks.csv")}
     assert tasks["Up-v0", "qsm", "deterministic"]["steps to sac's end"] == "100"
     assert tasks["Up-v0", "td3", "deterministic"]["steps to sac's end"] == "-"
+    assert {row["ms per action, median"] for row in rows(page.parent / "cost.csv")} == {"1.25"}
     text = page.read_text()
     links = set(re.findall(r'href="#([^"]+)"', text))
     assert links == set(re.findall(r'<tr id="([^"]+)"', text)) and len(links) == 9

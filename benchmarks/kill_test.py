@@ -28,7 +28,9 @@ from sb3_qsm.checkpoint import CheckpointCallback
 from sb3_qsm.storage import checkpoints
 
 WALL_CLOCK = ("time/fps", "time/time_elapsed")
-SMALL: dict[str, Any] = dict(policy_kwargs=dict(net_arch=[16]), batch_size=16, learning_starts=50, buffer_size=1000, seed=0, device="cpu")
+SMALL: dict[str, Any] = dict(
+    policy_kwargs=dict(net_arch=[16]), batch_size=16, learning_starts=50, buffer_size=1000, seed=0, device="cpu"
+)
 
 
 class JSONLinesWriter(KVWriter):
@@ -135,7 +137,8 @@ def compare(
     moments = random.Random(seed)
     unbroken = run(context, folder / "unbroken", *arguments)
     unbroken.join()
-    killed, went_on = folder / "killed", []
+    killed = folder / "killed"
+    went_on: list[int] = []
     while len(went_on) < kills:
         process = run(context, killed, *arguments)
         while process.is_alive() and not (started := list(killed.glob("started_*"))):

@@ -222,6 +222,7 @@ def test_killed_worker_is_noted_and_redone(tmp_path):
     assert not (folder / "seed0/error.txt").exists()
 
 
+@pytest.mark.expensive
 def test_power_cut_loses_only_the_cell_in_flight(tmp_path):
     idle = {"td3": {"default": {"policy": "MlpPolicy", "learning_starts": 1_000_000}}}
     suite = write_suite(tmp_path, algorithms=idle, n_timesteps=2000, eval_freq=2000)
@@ -488,6 +489,7 @@ def test_empty_folder_is_refused(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.expensive
 def test_pictures_of_a_trained_world(tmp_path):
     algorithms = {name: {"default": {"policy": "MlpPolicy", "batch_size": 8}} for name in ("qsm", "td3", "tqc")}
     worlds = list(N_OUTCOMES)

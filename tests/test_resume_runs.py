@@ -44,6 +44,7 @@ def same_weights(first, second):
     return all(th.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
+@pytest.mark.expensive
 def test_killed_cell_goes_on(tmp_path):
     """Evaluations and training log without loss or duplicates, weights bit for bit."""
     arguments = dict(policy="MlpPolicy", policy_kwargs="dict(net_arch=[8])", learning_starts=50, batch_size=8, n_envs=2)

@@ -165,8 +165,8 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
     for threads in (1, 2):
         th.set_num_threads(threads)
         work: dict[str, dict[str, tuple[Callable[[], Any], int]]] = {
-            "step of learn()": {
-                name: (partial(model.learn, 1, reset_num_timesteps=False), 0) for name, model in models.items()
+            "100 steps of learn()": {
+                name: (partial(model.learn, 100, reset_num_timesteps=False), 0) for name, model in models.items()
             },
             "update, batch 256": {
                 name: (partial(models[name].train, 1, 256), flops(partial(models[name].train, 1, 256))) for name in of_torch

@@ -208,6 +208,8 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
         for name, value in _under("normalization.", tensors).items():
             key, stat = name.rsplit(".", 1)
             normalization.setdefault(key, {})[stat] = value
+        if any(stats.keys() != {"mean", "std", "clip"} for stats in normalization.values()):
+            raise ValueError(f"normalization must have mean, std and clip, got {normalization}")
         return ExportedPolicy(policy, normalization)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"policy {path} refused: {error}") from error

@@ -58,7 +58,7 @@ class DiffusionActor(BasePolicy):
     :param beta_schedule: Noise levels: "box", "cosine", "linear", "vp", or a function from T to betas of shape (T,)
     :param sampler: Reverse chain: "ddpm", "ddim", "running_clip", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
     :param preconditioning: What the network predicts: "edm", "noise", or a function from alpha and sigma to coefficients
-    :param denoiser_class: Network to use: "mlp", "late_fusion", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
+    :param denoiser_class: Network to use: "late_fusion", "mlp", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
     :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
     :param compile_sampling: Whether to compile the reverse chain with ``torch.compile``, which needs a C++ compiler on a CPU
         and takes up to a minute for each of the first few batch sizes; numbers agree with the plain chain's to rounding
@@ -82,7 +82,7 @@ class DiffusionActor(BasePolicy):
         beta_schedule: str | Callable[[int], th.Tensor] = "box",
         sampler: str | Callable[..., th.Tensor] = "ddpm",
         preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
-        denoiser_class: str | type[Denoiser] = "mlp",
+        denoiser_class: str | type[Denoiser] = "late_fusion",
         denoiser_kwargs: dict[str, Any] | None = None,
         compile_sampling: bool = False,
     ) -> None:
@@ -163,7 +163,7 @@ class DiffusionActor(BasePolicy):
 
         def denoise(x_t: th.Tensor, t: int) -> th.Tensor:
             c_skip, c_out, c_in = self.coefficients[t]
-            return c_skip * x_t + c_out * predict(c_in * x_t, t)
+            return th.add(c_skip * x_t, predict(c_in * x_t, t), alpha=c_out)
 
         return denoise
 
@@ -260,7 +260,7 @@ class DiffusionPolicy(BasePolicy):
         action_space: spaces.Box,
         lr_schedule: Schedule,
         net_arch: list[int] | dict[str, list[int]] | None = None,
-        activation_fn: type[nn.Module] = nn.SiLU,
+        activation_fn: type[nn.Module] = nn.Hardswish,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,

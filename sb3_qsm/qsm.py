@@ -21,6 +21,7 @@ from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, action_gradient, box_entropy, score_matching_loss
@@ -213,6 +214,10 @@ class QSM(OffPolicyAlgorithm):
         for group in self.actor.optimizer.param_groups:
             group["lr"] *= decay
 
+        # polyak_update, for all parameters at once: a fifth of its time
+        move_target = get_ema_multi_avg_fn(1 - self.tau)
+        critic, critic_target = list(self.critic.parameters()), list(self.critic_target.parameters())
+
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
 
@@ -221,7 +226,7 @@ class QSM(OffPolicyAlgorithm):
 
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
-                polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
+                move_target(critic_target, critic, self._n_updates)
                 # Copy running stats last, dQ/da moves them; see SB3 issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -256,9 +261,10 @@ class QSM(OffPolicyAlgorithm):
         """
         Hand the metrics of the updates to the logger: the one place where training waits for the device.
         """
-        for name, value in self._metrics:
-            check_finite(name, value.item(), self.num_timesteps)
-            self.logger.record_mean(f"train/{name}", value.item())
+        for name, tensor in self._metrics:
+            value = tensor.item()
+            check_finite(name, value, self.num_timesteps)
+            self.logger.record_mean(f"train/{name}", value)
         self._metrics.clear()
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:

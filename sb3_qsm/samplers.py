@@ -39,8 +39,8 @@ def ddpm_sample(
             return x_0
         beta, _, sigma = schedule.levels[t]
         _, alpha_next, sigma_next = schedule.levels[t - 1]
-        mean = (alpha_next * beta / sigma**2) * x_0 + (math.sqrt(1 - beta) * sigma_next**2 / sigma**2) * x_t
-        x_t = mean + (sigma_next / sigma * math.sqrt(beta)) * noise[t]
+        mean = th.add((alpha_next * beta / sigma**2) * x_0, x_t, alpha=math.sqrt(1 - beta) * sigma_next**2 / sigma**2)
+        x_t = th.add(mean, noise[t], alpha=sigma_next / sigma * math.sqrt(beta))
     return x_t
 
 

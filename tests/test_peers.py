@@ -11,7 +11,7 @@ from benchmarks.peers import DIPO, QVPO, DACERStyle, DiffusionQL, InwardClamp, b
 from sb3_qsm import QSM
 
 OPTIMUM = np.array([0.5, -0.3])
-SMALL = dict(net_arch=[32, 32], n_diffusion_steps=3, beta_schedule="cosine", preconditioning="noise")
+SMALL = dict(net_arch=[32, 32], denoiser_class="mlp", n_diffusion_steps=3, beta_schedule="cosine", preconditioning="noise")
 PEERS = {
     DiffusionQL: {},
     DIPO: dict(n_action_steps=5, action_lr=0.1),

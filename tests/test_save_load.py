@@ -21,6 +21,7 @@ CHOICES = dict(
     beta_schedule="cosine",
     sampler="ddim",
     preconditioning="noise",
+    denoiser_class="mlp",
     denoiser_kwargs=dict(activation_fn=th.nn.Mish, time_dim=8, time_net_arch=(8,)),
     layer_norm=False,
     n_critics=3,

@@ -24,9 +24,18 @@ from sb3_qsm.samplers import ddpm_sample
 
 
 class Peer(QSM):
-    """What the rivals share: samples that carry gradients, and the loss of a denoiser."""
+    """
+    What the rivals share: an update of the actor for each of the critics, samples that carry gradients, the loss of a denoiser.
+
+    :param policy: as for QSM
+    :param env: as for QSM
+    :param kwargs: arguments of QSM
+    """
 
     replay_buffer: ReplayBuffer
+
+    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
+        super().__init__(policy, env, **{"policy_delay": 1, **kwargs})
 
     def _sample(self, observations: th.Tensor) -> th.Tensor:
         """

@@ -40,6 +40,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "gamma": (Real, 0, 1),
     "gradient_steps": (Integral, -1, math.inf),
     "n_steps": (Integral, 1, math.inf),
+    "policy_delay": (Integral, 1, math.inf),
     "target_update_interval": (Integral, 1, math.inf),
     "target_policy_noise": (Real, 0, sys.float_info.max),
     "actor_lr_decay_updates": (Real, 1, math.inf),
@@ -78,6 +79,7 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: number of steps of the return before the bootstrap
+    :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
@@ -124,6 +126,7 @@ class QSM(OffPolicyAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
+        policy_delay: int = 2,
         ent_coef: str | float = "auto",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
@@ -164,6 +167,7 @@ class QSM(OffPolicyAlgorithm):
             supported_action_spaces=(spaces.Box,),
             support_multi_env=True,
         )
+        self.policy_delay = policy_delay
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.target_entropy = target_entropy
@@ -222,7 +226,8 @@ class QSM(OffPolicyAlgorithm):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
 
             self._optimize("critic_loss", self._critic_loss(replay_data), self.critic.optimizer)
-            self._optimize("actor_loss", self._actor_loss(replay_data), self.actor.optimizer)
+            if self._n_updates % self.policy_delay == 0:
+                self._optimize("actor_loss", self._actor_loss(replay_data), self.actor.optimizer)
 
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:

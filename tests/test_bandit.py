@@ -39,7 +39,7 @@ def test_every_mode_is_visited(optima, share):
         learning_starts=500,
         buffer_size=5000,
         batch_size=128,
-        train_freq=2,
+        train_freq=1,
         policy_kwargs=dict(net_arch=[64, 64]),
         seed=0,
         device="cpu",

@@ -257,6 +257,17 @@ def test_target_update_interval(interval, n_updates, moved):
     assert th.equal(vector(model.critic), vector(model.critic_target)) == moved
 
 
+@pytest.mark.parametrize("delay, n_updates, n_actor_updates", [(1, 3, 3), (2, 1, 1), (2, 2, 1), (2, 3, 2), (3, 7, 3)])
+def test_policy_delay(delay, n_updates, n_actor_updates):
+    """The first update is one of both; the temperature moves with the actor only, the critics each time."""
+    model = build(policy_delay=delay).learn(20 + n_updates)
+    steps = [
+        int(optimizer.state_dict()["state"][0]["step"])
+        for optimizer in (model.critic.optimizer, model.actor.optimizer, model.temperature.optimizer)
+    ]
+    assert steps == [n_updates, n_actor_updates, n_actor_updates]
+
+
 class LastDump(KVWriter):
     """Keeps what was logged last."""
 

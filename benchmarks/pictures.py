@@ -20,10 +20,13 @@ from sb3_qsm import DiffusionPolicy
 N_EPISODES, N_ACTIONS = 60, 500
 COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:red", "grey"]  # by outcome; -1, the last, is none
 START = {
+    "FourActions-v0": np.zeros(1, np.float32),
     "MultiGoal-v0": np.zeros(2, np.float32),
     "CartPoleSwingUp-v0": np.array([0.0, 0.0, -1.0, 0.0, 0.0], np.float32),  # hanging still
 }
 LABELS = {
+    ("FourActions-v0", "paths"): {"xlabel": "first coordinate", "ylabel": "second coordinate", "aspect": "equal"},
+    ("FourActions-v0", "actions"): {"xlabel": "first coordinate", "ylabel": "second coordinate"},
     ("MultiGoal-v0", "paths"): {"xlabel": "first coordinate", "ylabel": "second coordinate"},
     ("MultiGoal-v0", "actions"): {"xlabel": "first velocity", "ylabel": "second velocity"},
     ("CartPoleSwingUp-v0", "paths"): {"xlabel": "seconds", "ylabel": "half turns from hanging"},

@@ -1,4 +1,4 @@
-"""Small worlds with several equally good answers: a plane with four goals, a pendulum that can swing up either way."""
+"""Small worlds with several equally good answers: four best actions, a plane with four goals, a pole that swings up either way."""
 
 from typing import Any
 
@@ -6,6 +6,45 @@ import gymnasium as gym
 import numpy as np
 
 GOALS = np.array([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [0.0, -5.0]], dtype=np.float32)
+
+
+class FourActions(gym.Env):
+    """
+    One state, one step, four equally good actions: reward -4 d^2 with the distance d to the nearest of (+-0.6, +-0.6).
+
+    ``info["outcome"]`` is the index of the one within distance 0.35, or -1.
+    """
+
+    best = 0.6 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=np.float32)
+
+    def __init__(self) -> None:
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (1,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action = np.zeros(2, np.float32)
+
+    def point(self) -> np.ndarray:
+        """Where the episode is in a picture: the action, at first none."""
+        return self.action
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """
+        :param seed: not used
+        :param options: not used
+        :return: the state and empty info
+        """
+        super().reset(seed=seed)
+        self.action = np.zeros(2, np.float32)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """
+        :param action: shape (2,)
+        :return: the state, reward, True, False, which of the best actions it was
+        """
+        self.action = np.asarray(action, np.float32)
+        distances = np.linalg.norm(self.action - self.best, axis=1)
+        outcome = int(distances.argmin()) if distances.min() < 0.35 else -1
+        return np.zeros(1, np.float32), -4.0 * float(distances.min()) ** 2, True, False, {"outcome": outcome}
 
 
 class MultiGoal(gym.Env):
@@ -112,7 +151,8 @@ class CartPoleSwingUp(gym.Env):
 
 
 # Number of equally good ends of an episode
-N_OUTCOMES = {"MultiGoal-v0": 4, "CartPoleSwingUp-v0": 2}
+N_OUTCOMES = {"FourActions-v0": 4, "MultiGoal-v0": 4, "CartPoleSwingUp-v0": 2}
 
+gym.register("FourActions-v0", "benchmarks.worlds:FourActions", max_episode_steps=1)
 gym.register("MultiGoal-v0", "benchmarks.worlds:MultiGoal", max_episode_steps=30)
 gym.register("CartPoleSwingUp-v0", "benchmarks.worlds:CartPoleSwingUp", max_episode_steps=250)

@@ -281,6 +281,16 @@ def test_worlds_follow_gymnasium(world):
     check_env(gym.make(world).unwrapped, skip_render_check=True)
 
 
+def test_four_actions():
+    env = gym.make("FourActions-v0")
+    found = []
+    for action in ([0.6, -0.6], [0.6, -0.3], [0.6, -0.2], [-0.6, 0.6]):
+        env.reset(seed=0)
+        _, reward, terminated, _, info = env.step(np.array(action, np.float32))
+        found.append((round(reward, 4), terminated, info["outcome"]))
+    assert found == [(0.0, True, 2), (-0.36, True, 2), (-0.64, True, -1), (0.0, True, 1)]
+
+
 @pytest.mark.parametrize(
     ("move", "expected"),
     [(lambda position: np.zeros(2), -718), (lambda position: 0.5 * np.array([1.0, 0.0]), -116)],

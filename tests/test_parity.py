@@ -61,7 +61,16 @@ def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
     """The paper configuration in the record's sizes, with the record's batch, weights and random numbers."""
     paper = yaml.safe_load((Path(sb3_qsm.__file__).parent / "hyperparams" / "paper.yml").read_text())["default"]
     policy_kwargs = eval(paper["policy_kwargs"], {"nn": th.nn}) | dict(net_arch=[16, 16])
-    keys = ["learning_rate", "ent_coef", "score_target", "policy_delay", "target_policy_noise", "actor_lr_decay_updates", "gamma", "tau"]
+    keys = [
+        "learning_rate",
+        "ent_coef",
+        "score_target",
+        "policy_delay",
+        "target_policy_noise",
+        "actor_lr_decay_updates",
+        "gamma",
+        "tau",
+    ]
     model = QSM("MlpPolicy", SpacesOnly(), policy_kwargs=policy_kwargs, **{key: paper[key] for key in keys if key in paper})
     model.set_logger(configure(None, []))
     assert model.policy.state_dict().keys() == authors_weights("before", "").keys()

@@ -25,7 +25,7 @@ from sb3_qsm.samplers import ddpm_sample
 
 class Peer(QSM):
     """
-    What the rivals share: an update of the actor for each of the critics, samples that carry gradients, the loss of a denoiser.
+    What rivals share: an update of the actor for each of the critics, samples that carry gradients, the loss of a denoiser.
 
     :param policy: as for QSM
     :param env: as for QSM

@@ -148,11 +148,8 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
         "qsm": lambda: QSM(device="cpu", **common),
         "qsm, T = 10": lambda: QSM(device="cpu", policy_kwargs=dict(n_diffusion_steps=10), **common),
         "qsm, compiled": lambda: QSM(device="cpu", policy_kwargs=dict(compile_sampling=True), **common),
-        "qsm, late fusion": lambda: QSM(
-            device="cpu",
-            policy_kwargs=dict(denoiser_class="late_fusion", net_arch=dict(pi=[256, 128, 128], qf=[256, 256])),
-            **common,
-        ),
+        "qsm, policy_delay = 1": lambda: QSM(device="cpu", policy_delay=1, **common),
+        "qsm, mlp denoiser": lambda: QSM(device="cpu", policy_kwargs=dict(denoiser_class="mlp"), **common),
     }
     try:
         from sbx import SAC as SbxSAC
@@ -168,8 +165,8 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
             "100 steps of learn()": {
                 name: (partial(model.learn, 100, reset_num_timesteps=False), 0) for name, model in models.items()
             },
-            "update, batch 256": {
-                name: (partial(models[name].train, 1, 256), flops(partial(models[name].train, 1, 256))) for name in of_torch
+            "2 updates, batch 256": {
+                name: (partial(models[name].train, 2, 256), flops(partial(models[name].train, 2, 256))) for name in of_torch
             },
         }
         for batch in (1, 32):
@@ -194,7 +191,7 @@ def scaling(rounds: int, seconds: float) -> Iterator[Row]:
 
     def update(batch: int = 256, **kwargs: Any) -> tuple[Callable[[], Any], int]:
         model = make(QSM, **kwargs)
-        work = partial(model.train, 1, batch)
+        work = partial(model.train, 2, batch)  # two, since the actor is updated once per two
         return work, flops(work)
 
     def act(n_envs: int) -> tuple[Callable[[], Any], int]:
@@ -204,10 +201,10 @@ def scaling(rounds: int, seconds: float) -> Iterator[Row]:
         return work, flops(work)
 
     tables: dict[str, dict[int, tuple[Callable[[], Any], int]]] = {
-        "diffusion steps": {n: update(policy_kwargs=dict(n_diffusion_steps=n)) for n in (1, 2, 5, 10, 20, 50)},
-        "batch": {n: update(batch=n) for n in (64, 256, 1024, 4096)},
-        "width": {n: update(policy_kwargs=dict(net_arch=[n, n])) for n in (256, 512, 1024)},
-        "action dimension": {n: update(action_dim=n) for n in (1, 4, 16, 64)},
+        "diffusion steps (2 updates)": {n: update(policy_kwargs=dict(n_diffusion_steps=n)) for n in (1, 2, 5, 10, 20, 50)},
+        "batch (2 updates)": {n: update(batch=n) for n in (64, 256, 1024, 4096)},
+        "width (2 updates)": {n: update(policy_kwargs=dict(net_arch=[n, n])) for n in (256, 512, 1024)},
+        "action dimension (2 updates)": {n: update(action_dim=n) for n in (1, 4, 16, 64)},
         "n_envs (one action for each)": {n: act(n) for n in (1, 4, 16)},
     }
     for what, entries in tables.items():

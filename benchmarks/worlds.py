@@ -1,4 +1,4 @@
-"""Small worlds with several equally good answers: four best actions, a plane with four goals, a pole that swings up either way."""
+"""Small worlds with several equally good answers: best actions, goals in a plane, the two ways to swing up a pole."""
 
 from typing import Any
 

@@ -43,13 +43,13 @@ class AutoTemperature(Temperature):
 
     :param ent_coef: initial temperature, positive
     :param target_entropy: wanted entropy of the policy in nats
-    :param learning_rate: step of Adam on log lambda; ten times the networks', since the estimate of the entropy
-        follows the temperature at once
+    :param learning_rate: step of Adam on log lambda; twenty times the networks': the estimate of the entropy follows the
+        temperature at once, and the step comes with the actor's, by default at every second update
     """
 
     optimizer_names: ClassVar[list[str]] = ["temperature.optimizer"]
 
-    def __init__(self, ent_coef: float, target_entropy: float, learning_rate: float = 3e-3) -> None:
+    def __init__(self, ent_coef: float, target_entropy: float, learning_rate: float = 6e-3) -> None:
         super().__init__(ent_coef)
         self.target_entropy = target_entropy
         self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate, fused=True)

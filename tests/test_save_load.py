@@ -84,7 +84,7 @@ def test_save_load(model, tmp_path, kind):
     before = loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item()
     loaded.learn(20, reset_num_timesteps=False)
     assert loaded.num_timesteps == 60 and loaded._n_updates > 30
-    assert loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item() == before + loaded._n_updates - 30
+    assert loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
 
 
 def test_loaded_model_learns_alike(model, tmp_path):
@@ -111,7 +111,7 @@ def test_temperature_survives(model, tmp_path):
     loaded = QSM.load(tmp_path / "model", device="cpu")
     assert model.temperature.value().item() != pytest.approx(0.5, rel=1e-3)
     assert th.equal(loaded.temperature.value(), model.temperature.value())
-    assert loaded.temperature.optimizer.state_dict()["state"][0]["step"].item() == 30
+    assert loaded.temperature.optimizer.state_dict()["state"][0]["step"].item() == 15
     # The optimizer that was loaded still moves the parameter that was loaded
     loaded.temperature.update(th.tensor(1e6))
     assert loaded.temperature.value() < model.temperature.value()

@@ -283,7 +283,7 @@ def main() -> None:
         sizes = {name: peak_memory(name, 1_000_000) for name in ("sac", "td3", "qsm")}
         rows = [{"algorithm": name, "peak MB": size, "ratio": size / sizes["sac"]} for name, size in sizes.items()]
         write("memory", rows, console)
-    about = {"command": "python -m benchmarks.speed", "machine": machine(), "versions": versions()}
+    about = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "machine": machine(), "versions": versions()}
     (OUT / "meta.json").write_text(json.dumps(about, indent=2) + "\n")
 
 

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results/first-defaults"
 PICTURE = Path(__file__).parents[1] / "docs/images/halfcheetah_50k.png"
 COLOURS = {"qsm": "tab:orange", "sac": "tab:blue"}
 

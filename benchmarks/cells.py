@@ -191,6 +191,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def peak_memory_mb() -> float:
+    """Peak memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
 def saves_name(revision: str) -> str:
     """Name of the folder of checkpoints: a cell goes on only with the code that began it."""
     return f"checkpoints-{revision}"
@@ -245,9 +250,7 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
         "evaluation_s": round(evaluation_s, 1),
         "steps_per_s": round(cell.n_timesteps / training_s, 2),
         "ms_per_action": ms_per_action(model, recorder.envs),
-        "peak_memory_mb": round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-        ),
+        "peak_memory_mb": round(peak_memory_mb()),
         "device": str(model.device),
         "machine": machine(),
         "versions": versions(),

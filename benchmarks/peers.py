@@ -25,7 +25,7 @@ from sb3_qsm.samplers import ddpm_sample
 
 class Peer(QSM):
     """
-    What rivals share: an update of the actor for each of the critics, samples that carry gradients, the loss of a denoiser.
+    What rivals share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -36,14 +36,6 @@ class Peer(QSM):
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         super().__init__(policy, env, **{"policy_delay": 1, **kwargs})
-
-    def _sample(self, observations: th.Tensor) -> th.Tensor:
-        """
-        :param observations: shape (B, ...)
-        :return: one scaled action each, differentiable in the actor's weights, shape (B, A)
-        """
-        shape = (1 + self.actor.noise_schedule.n_steps, len(observations), get_action_dim(self.action_space))
-        return self.actor.sample(observations, th.randn(shape, device=self.device))
 
     def _q_values(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -95,7 +87,7 @@ class DiffusionQL(Peer):
         :return: loss, shape ()
         """
         observations = replay_data.observations
-        q_values = self._q_values(observations, self._sample(observations))
+        q_values = self._q_values(observations, self.actor(observations))
         climbed, scale = q_values.T[th.randperm(q_values.shape[1])[[0, -1]]]
         q_loss = -climbed.mean() / scale.detach().abs().mean()
         denoising_loss = self._denoising_loss(observations, replay_data.actions)
@@ -201,7 +193,7 @@ class QVPO(Peer):
         observations, n_uniform = replay_data.observations, 10
         with th.no_grad():
             many = observations.repeat(self.n_samples, 1)
-            samples = self._sample(many)
+            samples = self.actor(many)
             q_values = self._q_values(many, samples).min(dim=1).values
         actions, weights = best_of(samples.unflatten(0, (self.n_samples, -1)), q_values.unflatten(0, (self.n_samples, -1)))
         uniform = 2 * th.rand(n_uniform * len(actions), actions.shape[1], device=self.device) - 1

@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from benchmarks.cells import machine, versions
+from benchmarks.cells import machine, peak_memory_mb, versions
 from sb3_qsm import QSM
 
 Row = dict[str, Any]
@@ -244,7 +243,7 @@ def train_with_full_buffer(algorithm: str, n_transitions: int) -> None:
         array[:] = 0  # memory that was asked for counts once it is written
     buffer.full = True
     model.learn(20)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
+    print(peak_memory_mb())
 
 
 def write(name: str, rows: list[Row], console: Console) -> None:

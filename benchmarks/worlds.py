@@ -5,22 +5,24 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+FOUR_ACTIONS = 0.6 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=np.float32)
 GOALS = np.array([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0], [0.0, -5.0]], dtype=np.float32)
 
 
-class FourActions(gym.Env):
+class Bandit(gym.Env):
     """
-    One state, one step, four equally good actions: reward -4 d^2 with the distance d to the nearest of (+-0.6, +-0.6).
+    One state, one step, equally good actions: reward -4 d^2 with the distance d to the nearest of them.
 
     ``info["outcome"]`` is the index of the one within distance 0.35, or -1.
+
+    :param optima: the best actions, shape (N, A)
     """
 
-    best = 0.6 * np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=np.float32)
-
-    def __init__(self) -> None:
+    def __init__(self, optima: Any = FOUR_ACTIONS) -> None:
+        self.optima = np.array(optima)
         self.observation_space = gym.spaces.Box(0.0, 1.0, (1,), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.action = np.zeros(2, np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (self.optima.shape[1],), np.float32)
+        self.action = np.zeros(self.optima.shape[1], np.float32)
 
     def point(self) -> np.ndarray:
         """Where the episode is in a picture: the action, at first none."""
@@ -33,16 +35,16 @@ class FourActions(gym.Env):
         :return: the state and empty info
         """
         super().reset(seed=seed)
-        self.action = np.zeros(2, np.float32)
+        self.action = np.zeros_like(self.action)
         return np.zeros(1, np.float32), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """
-        :param action: shape (2,)
+        :param action: shape (A,)
         :return: the state, reward, True, False, which of the best actions it was
         """
         self.action = np.asarray(action, np.float32)
-        distances = np.linalg.norm(self.action - self.best, axis=1)
+        distances = np.linalg.norm(self.action - self.optima, axis=1)
         outcome = int(distances.argmin()) if distances.min() < 0.35 else -1
         return np.zeros(1, np.float32), -4.0 * float(distances.min()) ** 2, True, False, {"outcome": outcome}
 
@@ -153,6 +155,6 @@ class CartPoleSwingUp(gym.Env):
 # Number of equally good ends of an episode
 N_OUTCOMES = {"FourActions-v0": 4, "MultiGoal-v0": 4, "CartPoleSwingUp-v0": 2}
 
-gym.register("FourActions-v0", "benchmarks.worlds:FourActions", max_episode_steps=1)
+gym.register("FourActions-v0", "benchmarks.worlds:Bandit", max_episode_steps=1)
 gym.register("MultiGoal-v0", "benchmarks.worlds:MultiGoal", max_episode_steps=30)
 gym.register("CartPoleSwingUp-v0", "benchmarks.worlds:CartPoleSwingUp", max_episode_steps=250)

@@ -1,30 +1,10 @@
 """What a diffusion policy is for: one state, several equal optima, and all of them are visited."""
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium import spaces
 
+from benchmarks.worlds import Bandit
 from sb3_qsm import QSM
-
-
-class Bandit(gym.Env):
-    """One state, one step: the reward falls with the distance to the nearest optimum."""
-
-    observation_space = spaces.Box(0, 1, (1,), np.float32)
-
-    def __init__(self, optima):
-        self.optima = np.array(optima)
-        self.action_space = spaces.Box(-1, 1, (self.optima.shape[1],), np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        distance = np.linalg.norm(action - self.optima, axis=1).min()
-        return np.zeros(1, np.float32), -4 * float(distance) ** 2, True, False, {}
-
 
 TWO = [[-0.6], [0.6]]
 FOUR = [[-0.6, -0.6], [-0.6, 0.6], [0.6, -0.6], [0.6, 0.6]]

@@ -4,10 +4,9 @@ import torch as th
 
 pytest.importorskip("scipy")
 
-from test_bandit import Bandit
-
 from benchmarks.algorithms import ALGORITHMS, algorithm_class
 from benchmarks.peers import DIPO, QVPO, DACERStyle, DiffusionQL, InwardClamp, best_of
+from benchmarks.worlds import Bandit
 from sb3_qsm import QSM
 
 OPTIMUM = np.array([0.5, -0.3])

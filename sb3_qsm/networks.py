@@ -101,8 +101,8 @@ class LateFusionDenoiser(Denoiser):
 
     def condition(self, features: th.Tensor) -> PredictFn:
         encoded = (self.encoder(features) + self.levels[:, None]).unbind()
-        of_action = self.action_layer.weight.T
-        return lambda noisy_actions, t: self.head(th.addmm(encoded[t], noisy_actions, of_action))
+        of_action, head = self.action_layer.weight.T, _without_modules(self.head)
+        return lambda noisy_actions, t: head(th.addmm(encoded[t], noisy_actions, of_action))
 
 
 class MLPDenoiser(Denoiser):
@@ -150,7 +150,8 @@ class MLPDenoiser(Denoiser):
         of_action, of_features, of_time = self.input_layer.weight.split(self.split, dim=1)
         shared = nn.functional.linear(features, of_features, self.input_layer.bias)
         levels = nn.functional.linear(self.time_net(self.levels), of_time)
-        return lambda noisy_actions, t: self.layers(th.addmm(shared + levels[t], noisy_actions, of_action.T))
+        of_action, layers = of_action.T, _without_modules(self.layers)
+        return lambda noisy_actions, t: layers(th.addmm(shared + levels[t], noisy_actions, of_action))
 
 
 def _mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
@@ -159,6 +160,21 @@ def _mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), activation_fn()]
     return layers[:-1]
+
+
+def _without_modules(layers: nn.Sequential) -> Callable[[th.Tensor], th.Tensor]:
+    """The same function of the present weights, for a chain's many small steps: module calls are a fifth of its time."""
+    functions = [
+        partial(nn.functional.linear, weight=layer.weight, bias=layer.bias) if isinstance(layer, nn.Linear) else layer.forward
+        for layer in layers
+    ]
+
+    def run(x: th.Tensor) -> th.Tensor:
+        for function in functions:
+            x = function(x)
+        return x
+
+    return run
 
 
 DENOISERS: dict[str, type[Denoiser]] = {"late_fusion": LateFusionDenoiser, "mlp": MLPDenoiser}

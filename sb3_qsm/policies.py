@@ -186,10 +186,10 @@ class DiffusionActor(BasePolicy):
         :param deterministic: whether to leave out all noise
         :return: scaled actions, shape (B, A)
         """
-        batch_size = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-        shape = (1 + self.noise_schedule.n_steps, batch_size, self.action_dim)
+        some = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        shape = (1 + self.noise_schedule.n_steps, len(some), self.action_dim)
         draw = th.zeros if deterministic else th.randn
-        return self.sample(obs, draw(shape, device=self.device))
+        return self.sample(obs, draw(shape, device=some.device))
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)

@@ -161,6 +161,8 @@ def text(value: Any) -> str:
         return " ".join(it.name if isinstance(it, Result) else str(it) for it in value)
     if isinstance(value, float | np.floating | np.ndarray):
         number = float(value)
+        if np.isnan(number):
+            return ""
         return f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
     return str(value)
 
@@ -229,7 +231,8 @@ def notes(results: list[Result], folder: Path, scale: dict[str, tuple[float, flo
     ]
     if min(seeds) < 5:
         said.append(
-            f"Seeds per task and algorithm: {min(seeds)} to {max(seeds)}. With fewer than 5, intervals are too narrow."
+            f"Seeds per task and algorithm: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))}. "
+            "With fewer than 5, intervals are too narrow; with one there are none."
         )
     if left_out:
         said.append(f"Without all of {', '.join(scale)}, hence in no aggregate: {', '.join(left_out)}.")

@@ -88,7 +88,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 class Estimate(NamedTuple):
-    """A number, or an array of them, with its 95 % stratified bootstrap interval."""
+    """A number, or an array of them, with its 95 % stratified bootstrap interval: NaN where a single seed leaves none."""
 
     value: Any
     low: Any
@@ -101,6 +101,9 @@ def estimate(func: Callable[..., Any], *scores: np.ndarray) -> Estimate:
     :param scores: one matrix of shape (runs, tasks, ...), or two to compare
     :return: its value and interval
     """
+    if min(map(len, scores)) == 1:
+        value = np.squeeze(func(*scores))
+        return Estimate(value, np.nan * value, np.nan * value)
     matrices = list(scores) if len(scores) > 1 else scores[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # rliable hands random_state on by a name that arch will drop

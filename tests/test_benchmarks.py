@@ -368,6 +368,8 @@ def test_statistics_by_hand():
     value, low, high = estimate(iqm, scores)
     assert value == 1.5 and low < 1.5 < high
     assert estimate(iqm, scores) == (value, low, high), "the same report every time"
+    value, low, high = estimate(improvement, ours[:1], theirs)
+    assert value == 0.375 and np.isnan([low, high]).all(), "one run says nothing about others"
 
 
 def test_spread_by_hand():

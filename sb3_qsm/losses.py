@@ -11,12 +11,14 @@ Legend: B batch, A action dimension. Scaled actions are in [-1, 1]; g is in unit
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch as th
 
+QFn = Callable[[th.Tensor], th.Tensor]
+ScoreTarget = Callable[..., tuple[th.Tensor, th.Tensor]]
 
-def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) -> th.Tensor:
+
+def action_gradient(q_fn: QFn, actions: th.Tensor) -> th.Tensor:
     """
     dQ/da at ``actions``; works under ``no_grad`` and leaves the gradients of the critic's parameters alone.
 
@@ -27,18 +29,6 @@ def action_gradient(q_fn: Callable[[th.Tensor], th.Tensor], actions: th.Tensor) 
     with th.enable_grad():
         actions = actions.detach().requires_grad_(True)
         return th.autograd.grad(q_fn(actions).sum(), actions)[0]
-
-
-def published_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-    """
-    Where the published method takes the gradient: at the noisy action itself (as in the authors' code).
-
-    :param noisy_actions: a_t, shape (B, A)
-    :param alpha: share of the action that is left, shape (B, 1)
-    :param sigma: standard deviation of the noise, shape (B, 1)
-    :return: actions, shape (B, A)
-    """
-    return noisy_actions
 
 
 def published_target(
@@ -83,7 +73,10 @@ def box_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Ten
     """
     Where the box-aware target takes the gradient: the mean of a_0 given a_t when Q is flat, always inside the box.
 
-    Arguments and result as for :func:`published_gradient_point`.
+    :param noisy_actions: a_t, shape (B, A)
+    :param alpha: share of the action that is left, shape (B, 1)
+    :param sigma: standard deviation of the noise, shape (B, 1)
+    :return: actions, shape (B, A)
     """
     return truncated_normal_mean(noisy_actions / alpha, sigma / alpha)
 
@@ -112,17 +105,57 @@ def box_target(
     return truncated_normal_mean(noisy_actions / alpha + ratio * shift, ratio)
 
 
-class ScoreTarget(NamedTuple):
-    """A point at which to take the gradient of Q, and the clean action to regress on."""
+def weigh_by_value(target: th.Tensor, actions: th.Tensor, advantage: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
+    """
+    The tangent's answer and the replay action, weighted by exp(Q / lambda): two candidates for the mean of a_0 given a_t.
 
-    gradient_point: Callable[[th.Tensor, th.Tensor, th.Tensor], th.Tensor]
-    target: Callable[[th.Tensor, th.Tensor, th.Tensor, th.Tensor, th.Tensor], th.Tensor]
+    The tangent knows no second maximum and no end of the slope. Where it led to a worse action than the one that was noised,
+    that one is the answer.
+
+    :param target: clean actions that the tangent says, shape (B, A)
+    :param actions: replay actions a_0, shape (B, A)
+    :param advantage: Q(target) - Q(actions), shape (B, 1)
+    :param ent_coef: temperature lambda, shape ()
+    :return: clean actions, shape (B, A)
+    """
+    return actions.lerp(target, th.sigmoid(advantage / ent_coef))
 
 
-SCORE_TARGETS = {
-    "box": ScoreTarget(box_gradient_point, box_target),
-    "published": ScoreTarget(published_gradient_point, published_target),
-}
+def box_score(
+    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    The default: :func:`box_target`, then :func:`weigh_by_value`. The first critic shows the way and the last one judges, as
+    in double Q-learning: a critic would be fooled by its own errors, which its gradient climbs.
+
+    :param q_fns: critics, each (B, A) -> (B, 1)
+    :param actions: replay actions a_0, shape (B, A)
+    :param noisy_actions: a_t, shape (B, A)
+    :param alpha: share of the action that is left, shape (B, 1)
+    :param sigma: standard deviation of the noise, shape (B, 1)
+    :param ent_coef: temperature lambda, shape ()
+    :return: clean actions to regress on, and the gradient of Q that led there, each of shape (B, A)
+    """
+    q_grad = action_gradient(q_fns[0], box_gradient_point(noisy_actions, alpha, sigma))
+    target = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
+    with th.no_grad():
+        advantage = q_fns[-1](target) - q_fns[-1](actions)
+    return weigh_by_value(target, actions, advantage, ent_coef), q_grad
+
+
+def published_score(
+    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    The published method: :func:`published_target` with the gradient of the critics' mean at the noisy action itself.
+
+    Arguments and result as for :func:`box_score`.
+    """
+    q_grad = action_gradient(lambda a: th.stack([q_fn(a) for q_fn in q_fns]).mean(dim=0), noisy_actions)
+    return published_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
+
+
+SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score, "published": published_score}
 
 
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
-from sb3_qsm.losses import SCORE_TARGETS, action_gradient, box_entropy, score_matching_loss
+from sb3_qsm.losses import SCORE_TARGETS, QFn, ScoreTarget, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, lookup
 from sb3_qsm.storage import Checkpoint, newest_checkpoint
 from sb3_qsm.temperature import Temperature, make_temperature
@@ -84,7 +84,8 @@ class QSM(OffPolicyAlgorithm):
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
     :param target_entropy: entropy to hold when learning ``ent_coef``, in nats; ``"auto"`` is minus the action dimension
-    :param score_target: what the denoiser regresses on: "box", "published"
+    :param score_target: what the denoiser regresses on: "box", "published", or a function like
+        :func:`~sb3_qsm.losses.box_score`
     :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target
     :param actor_lr_decay_updates: cosine-decay the actor's learning rate to zero over that many updates; never by default
     :param stats_window_size: Window size for the rollout logging, in episodes
@@ -130,7 +131,7 @@ class QSM(OffPolicyAlgorithm):
         ent_coef: str | float = "auto",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
-        score_target: str = "box",
+        score_target: str | ScoreTarget = "box",
         target_policy_noise: float = 0.0,
         actor_lr_decay_updates: float = math.inf,
         stats_window_size: int = 100,
@@ -302,10 +303,9 @@ class QSM(OffPolicyAlgorithm):
         noisy_actions = schedule.add_noise(replay_data.actions, th.randn_like(replay_data.actions), t)
         alpha, sigma = schedule.alpha[t, None], schedule.sigma[t, None]
 
-        gradient_point = self._score_target.gradient_point(noisy_actions, alpha, sigma)
-        q_grad = action_gradient(lambda actions: self._mean_q(observations, actions), gradient_point)
         ent_coef = self.temperature.value()
-        target = self._score_target.target(noisy_actions, alpha, sigma, q_grad, ent_coef)
+        q_fns = self._q_fns(observations)
+        target, q_grad = self._score_target(q_fns, replay_data.actions, noisy_actions, alpha, sigma, ent_coef)
 
         entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
         self._record("entropy", entropy)
@@ -314,13 +314,18 @@ class QSM(OffPolicyAlgorithm):
         self._record("q_grad", q_grad.abs().mean())
         return score_matching_loss(self.actor.denoise(observations, noisy_actions, t), target, self.actor.c_out[t, None])
 
-    def _mean_q(self, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+    def _q_fns(self, observations: PyTorchObs) -> list[QFn]:
         """
         :param observations: observations
-        :param actions: scaled actions, shape (B, A)
-        :return: mean of the online critics, shape (B, 1)
+        :return: the online critics there, each from scaled actions of shape (B, A) to values of shape (B, 1)
         """
-        return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
+        with th.no_grad():
+            features = self.critic.extract_features(observations, self.critic.features_extractor)
+
+        def q_fn(q_network: th.nn.Module) -> QFn:
+            return lambda actions: q_network(th.cat([features, actions], dim=1))
+
+        return [q_fn(q_network) for q_network in self.critic.q_networks]
 
     def _store_transition(
         self,

@@ -9,15 +9,16 @@ from scipy.stats import truncnorm
 from torch import nn
 
 from sb3_qsm.losses import (
-    SCORE_TARGETS,
     action_gradient,
     box_entropy,
     box_gradient_point,
+    box_score,
     box_target,
-    published_gradient_point,
+    published_score,
     published_target,
     score_matching_loss,
     truncated_normal_mean,
+    weigh_by_value,
 )
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
@@ -124,12 +125,36 @@ def test_published_target_by_hand():
     noisy_actions = th.tensor([[0.4, 2.0]])
     target = published_target(noisy_actions, alpha, sigma, th.tensor([[0.1, 0.0]]), th.tensor(0.02))
     np.testing.assert_allclose(target, [[4.25, 2.5]], rtol=1e-6)
-    assert th.equal(published_gradient_point(noisy_actions, alpha, sigma), noisy_actions)
 
 
-def test_names_of_score_targets():
-    assert SCORE_TARGETS["box"] == (box_gradient_point, box_target)
-    assert SCORE_TARGETS["published"] == (published_gradient_point, published_target)
+def test_published_score_follows_the_mean_of_all_critics_at_the_noisy_action():
+    alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.02)
+    noisy_actions = th.tensor([[0.4, -2.0]])
+    q_fns = [lambda a: a.pow(2).sum(dim=1, keepdim=True), lambda a: (4 * a).sum(dim=1, keepdim=True)]
+    target, q_grad = published_score(q_fns, th.full((1, 2), math.nan), noisy_actions, alpha, sigma, ent_coef)
+    np.testing.assert_allclose(q_grad, [[(0.8 + 4) / 2, (-4 + 4) / 2]], rtol=1e-6)
+    assert th.equal(target, published_target(noisy_actions, alpha, sigma, q_grad, ent_coef))
+
+
+def test_box_score_climbs_the_first_critic_and_asks_the_last():
+    alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.5)
+    noisy_actions, actions = th.tensor([[0.4, -0.3]]), th.tensor([[0.2, 0.1]])
+    first, nonsense, last = (
+        lambda a, w=w: (a * th.tensor(w)).sum(dim=1, keepdim=True) for w in ([3.0, -1.0], [9.0, 9.0], [1.0, 2.0])
+    )
+    target, q_grad = box_score([first, nonsense, last], actions, noisy_actions, alpha, sigma, ent_coef)
+    np.testing.assert_allclose(q_grad, [[3.0, -1.0]], rtol=1e-6)
+    climbed = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
+    share = 1 / (1 + math.exp(-(last(climbed) - last(actions)).item() / 0.5))
+    np.testing.assert_allclose(target, share * climbed + (1 - share) * actions, atol=1e-6)
+
+
+def test_weigh_by_value_by_hand():
+    target, actions = th.tensor([[1.0, 0.0]]).expand(4, 2), th.tensor([[0.0, -1.0]]).expand(4, 2)
+    # exp(Q / lambda) is 3 times as large at the target, the same, a third; and a worse target counts for nothing
+    advantage = 0.5 * th.tensor([[3.0], [1.0], [1 / 3], [0.0]]).log()
+    weighed = weigh_by_value(target, actions, advantage, th.tensor(0.5))
+    np.testing.assert_allclose(weighed, [[0.75, -0.25], [0.5, -0.5], [0.25, -0.75], [0.0, -1.0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("grad_enabled", [True, False])

@@ -201,6 +201,17 @@ def test_every_diffusion(beta_schedule, sampler, preconditioning, score_target):
     run(total_timesteps=24, score_target=score_target, policy_kwargs=choices)
 
 
+def stay_score(q_fns, actions, noisy_actions, alpha, sigma, ent_coef):
+    """Imitate the replay buffer."""
+    return actions, th.zeros_like(actions)
+
+
+def test_own_score_target(tmp_path):
+    model = run(score_target=stay_score)
+    model.save(tmp_path / "model")
+    assert QSM.load(tmp_path / "model")._score_target(None, *[th.ones(1, 1)] * 5)[1].item() == 0.0
+
+
 @pytest.mark.parametrize("n_diffusion_steps", [1, 2, 20])
 def test_n_diffusion_steps(n_diffusion_steps):
     model = run(policy_kwargs=dict(n_diffusion_steps=n_diffusion_steps))
@@ -335,17 +346,18 @@ def test_critic_loss_looks_at_the_next_action(target_policy_noise):
         assert (loss / 4 * 50) == pytest.approx(round(loss / 4 * 50), abs=1e-3)
 
 
-def test_actor_follows_the_mean_of_the_online_critics():
-    """With critics of slopes 1 and 3 the gradient is 2; the target critics, here broken, have no say."""
-    model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5)
+@pytest.mark.parametrize(("score_target", "slope"), [("box", 1.0), ("published", 2.0)])
+def test_actor_follows_the_online_critics(score_target, slope):
+    """Of slopes 1 and 3, "box" climbs the first, "published" their mean; the target critics, here broken, have no say."""
+    model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5, score_target=score_target)
     model.set_logger(Logger(None, []))
     set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
     set_critic(model.critic_target, slopes=[math.nan, math.nan], values=[math.nan, math.nan])
     assert math.isfinite(model._actor_loss(BATCH).item())
     model._log_metrics()
     logged = model.logger.name_to_value
-    assert logged["train/q_grad"] == pytest.approx(2.0)
-    assert logged["train/entropy"] == pytest.approx(box_entropy(th.tensor(2.0 / 0.5)).item())
+    assert logged["train/q_grad"] == pytest.approx(slope)
+    assert logged["train/entropy"] == pytest.approx(box_entropy(th.tensor(slope / 0.5)).item())
     assert logged["train/ent_coef"] == pytest.approx(0.5)
     assert all(parameter.grad is None for parameter in model.critic.parameters())
 
@@ -366,8 +378,10 @@ def test_actor_loss_by_hand(score_target):
     ratio = 0.1 * 25 ** (t[:, None] / 5)
     alpha, sigma = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
     noisy_actions = 0.5 * alpha + sigma * noise
-    if score_target == "box":  # the normal around a_t / alpha, moved by r^2 g / lambda = 4 r^2 or 2 r, on the box
-        target = truncated_normal_mean(noisy_actions / alpha + ratio * (4 * ratio).clamp(max=2), ratio)
+    if score_target == "box":
+        # The normal around a_t / alpha, moved by r^2 g / lambda = 2 r^2 or 2 r, on the box, against the replay action 0.5
+        climbed = truncated_normal_mean(noisy_actions / alpha + ratio * (2 * ratio).clamp(max=2), ratio)
+        target = 0.5 + th.sigmoid(3 * (climbed - 0.5) / 0.5) * (climbed - 0.5)
     else:  # noise -g / lambda = -4
         target = (noisy_actions + 4 * sigma) / alpha
     skip = 0.36 / (0.36 + ratio**2) / alpha

@@ -1,0 +1,102 @@
+"""
+What a score target makes of a Q that is known: ``python -m benchmarks.exact_q`` (half a minute).
+
+One state, one action dimension, no neural network: the denoiser is a table over noisy actions, filled with the mean of the
+targets. Each round noises actions drawn from all that were ever taken, fits the table and takes new actions.
+"""
+
+import numpy as np
+import torch as th
+
+from sb3_qsm.losses import QFn, ScoreTarget, action_gradient, box_gradient_point, box_score, box_target
+from sb3_qsm.samplers import ddpm_sample
+from sb3_qsm.schedules import NoiseSchedule, box_betas
+
+N_ACTIONS, N_ROUNDS, N_BINS, LIMIT = 40_000, 8, 400, 4.0
+
+
+def bell(actions: th.Tensor, centre: float, height: float, width: float) -> th.Tensor:
+    """
+    :param actions: any shape
+    :param centre: of the bell
+    :param height: of the bell
+    :param width: standard deviation
+    :return: values, shape of ``actions``
+    """
+    return height * th.exp(-0.5 * ((actions - centre) / width) ** 2)
+
+
+LANDSCAPES: dict[str, QFn] = {
+    "linear": lambda a: a,
+    "one parabola": lambda a: -4 * (a - 0.3) ** 2,
+    "two equal bells": lambda a: bell(a, -0.6, 1.0, 0.25) + bell(a, 0.6, 1.0, 0.25),
+    "two bells, one half as high": lambda a: bell(a, -0.6, 1.0, 0.25) + bell(a, 0.6, 0.5, 0.25),
+    "parabola with ripples": lambda a: -((a - 0.3) ** 2) + 0.2 * th.sin(10 * a),
+}
+
+
+def tangent_score(
+    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, *args: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """``box_score`` without the replay action."""
+    alpha, sigma, ent_coef = args
+    q_grad = action_gradient(q_fns[0], box_gradient_point(noisy_actions, alpha, sigma))
+    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
+
+
+def learn(q_fn: QFn, score_target: ScoreTarget, ent_coef: float) -> th.Tensor:
+    """
+    :param q_fn: the known Q
+    :param score_target: a function like :func:`~sb3_qsm.losses.box_score`
+    :param ent_coef: temperature
+    :return: actions of the last round, shape (N_ACTIONS, 1)
+    """
+    schedule = NoiseSchedule(box_betas(6))
+    table = np.zeros((schedule.n_steps, N_BINS), np.float32)
+
+    def place(x_t: th.Tensor) -> np.ndarray:
+        return ((x_t[:, 0].numpy() + LIMIT) / (2 * LIMIT) * (N_BINS - 1)).clip(0, N_BINS - 1)
+
+    def denoise(x_t: th.Tensor, t: int) -> th.Tensor:
+        return th.as_tensor(np.interp(place(x_t), np.arange(N_BINS), table[t]), dtype=th.float32)[:, None]
+
+    actions = 2 * th.rand(N_ACTIONS, 1) - 1
+    replay = actions
+    for _ in range(N_ROUNDS):
+        for t in range(schedule.n_steps):
+            levels = th.full((N_ACTIONS,), t)
+            drawn = replay[th.randint(len(replay), (N_ACTIONS,))]
+            noisy_actions = schedule.add_noise(drawn, th.randn(N_ACTIONS, 1), levels)
+            alpha, sigma = schedule.alpha[levels, None], schedule.sigma[levels, None]
+            target, _ = score_target([q_fn], drawn, noisy_actions, alpha, sigma, th.tensor(ent_coef))
+            bins = place(noisy_actions).round().astype(int)
+            count, total = np.bincount(bins, minlength=N_BINS), np.bincount(bins, target[:, 0].numpy(), N_BINS)
+            seen = count > 5
+            table[t] = np.interp(np.arange(N_BINS), np.flatnonzero(seen), (total[seen] / count[seen]))
+        actions = ddpm_sample(denoise, schedule, th.randn(N_ACTIONS, 1), th.randn(schedule.n_steps, N_ACTIONS, 1))
+        replay = th.cat([replay, actions])
+    return actions
+
+
+def exact(q_fn: QFn, ent_coef: float) -> th.Tensor:
+    """
+    :param q_fn: the known Q
+    :param ent_coef: temperature
+    :return: actions of the policy exp(Q / lambda), shape (N_ACTIONS, 1)
+    """
+    grid = th.linspace(-1, 1, 4001)
+    return grid[th.multinomial(th.softmax(q_fn(grid) / ent_coef, dim=0), N_ACTIONS, replacement=True)][:, None]
+
+
+def main() -> None:
+    print("| lambda | Q | exact | tangent | weighed |", "|---|---|---|---|---|", sep="\n")
+    for ent_coef in (0.05, 0.2):
+        for name, q_fn in LANDSCAPES.items():
+            th.manual_seed(0)
+            policies = [exact(q_fn, ent_coef), *(learn(q_fn, score, ent_coef) for score in (tangent_score, box_score))]
+            cells = [f"{q_fn(a).mean():.2f} ({a.mean():.2f}, {a.std():.2f})" for a in policies]
+            print(f"| {ent_coef} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -240,8 +240,8 @@ class DACERStyle(Peer):
     and in the TD target; alpha from e^1.2 towards an entropy of -0.9 A; T = 20. Dropped: distributional critics, rewards times
     0.2, a learning rate of 1e-4, updates of the actor and the targets every other step only. Changed, hence "-style": the
     entropy is the sum over dimensions of Vasicek's estimate (SciPy), not that of a fitted mixture of normals; alpha takes a
-    step of 0.003 every 1000 updates, not of 0.03 every 10 000; gradients pass the clipping by :class:`InwardClamp`. Sampled
-    actions in evaluation are those of the chain, without the noise.
+    step in proportion to the gap every 1000 updates, not one of 0.03 every 10 000; gradients pass the clipping by
+    :class:`InwardClamp`. Sampled actions in evaluation are those of the chain, without the noise.
 
     :param policy: as for QSM
     :param env: as for QSM

@@ -440,8 +440,7 @@ class QSM(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        state_dicts = ["policy", "actor.optimizer", "critic.optimizer", "temperature", *self.temperature.optimizer_names]
-        return state_dicts, []
+        return ["policy", "actor.optimizer", "critic.optimizer", "temperature"], []
 
 
 def check_finite(name: str, value: Any, num_timesteps: int) -> None:

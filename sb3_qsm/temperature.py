@@ -3,7 +3,6 @@ Temperature lambda of the policy exp(Q / lambda): fixed, or adapted to an entrop
 """
 
 import math
-from typing import ClassVar
 
 import torch as th
 from torch import nn
@@ -17,7 +16,6 @@ class Temperature(nn.Module):
     """
 
     log_ent_coef: th.Tensor
-    optimizer_names: ClassVar[list[str]] = []
 
     def __init__(self, ent_coef: float) -> None:
         super().__init__()
@@ -41,24 +39,25 @@ class AutoTemperature(Temperature):
     """
     A temperature that falls while the entropy is above its target and rises while it is below.
 
+    For a steep Q the entropy changes by one nat per dimension when log lambda changes by one, so that the whole gap divided by
+    the number of dimensions would be Newton's step. A share of it averages over batches, and holds the entropy while Q grows:
+    however large the rewards, lambda is never far behind.
+
     :param ent_coef: initial temperature, positive
     :param target_entropy: wanted entropy of the policy in nats
-    :param learning_rate: step of Adam on log lambda; twenty times the networks': the estimate of the entropy follows the
-        temperature at once, and the step comes with the actor's, by default at every second update
+    :param action_dim: number of action dimensions A
+    :param rate: share of Newton's step
     """
 
-    optimizer_names: ClassVar[list[str]] = ["temperature.optimizer"]
-
-    def __init__(self, ent_coef: float, target_entropy: float, learning_rate: float = 6e-3) -> None:
+    def __init__(self, ent_coef: float, target_entropy: float, action_dim: int, rate: float = 0.05) -> None:
         super().__init__(ent_coef)
         self.target_entropy = target_entropy
-        self.optimizer = th.optim.Adam([self.log_ent_coef], lr=learning_rate, fused=True)
+        self.step = rate / action_dim
 
     def update(self, entropy: th.Tensor) -> th.Tensor:
         gap = (entropy - self.target_entropy).detach()
-        loss = self.log_ent_coef.detach() * gap
-        self.log_ent_coef.grad = gap
-        self.optimizer.step()
+        loss = self.log_ent_coef * gap
+        self.log_ent_coef.sub_(self.step * gap)
         return loss
 
 
@@ -79,7 +78,7 @@ def make_temperature(ent_coef: str | float, target_entropy: str | float, action_
     wanted = _number(-action_dim if target_entropy == "auto" else target_entropy)
     if not math.isfinite(wanted):
         raise ValueError(f'target_entropy must be a number or "auto", got {target_entropy!r}')
-    return AutoTemperature(start, wanted) if automatic else Temperature(start)
+    return AutoTemperature(start, wanted, action_dim) if automatic else Temperature(start)
 
 
 def _number(value: str | float) -> float:

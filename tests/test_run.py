@@ -271,12 +271,12 @@ def test_target_update_interval(interval, n_updates, moved):
 @pytest.mark.parametrize("delay, n_updates, n_actor_updates", [(1, 3, 3), (2, 1, 1), (2, 2, 1), (2, 3, 2), (3, 7, 3)])
 def test_policy_delay(delay, n_updates, n_actor_updates):
     """The first update is one of both; the temperature moves with the actor only, the critics each time."""
-    model = build(policy_delay=delay).learn(20 + n_updates)
-    steps = [
-        int(optimizer.state_dict()["state"][0]["step"])
-        for optimizer in (model.critic.optimizer, model.actor.optimizer, model.temperature.optimizer)
-    ]
-    assert steps == [n_updates, n_actor_updates, n_actor_updates]
+    model = build(policy_delay=delay)
+    moved = []
+    model.temperature.update = lambda entropy: moved.append(entropy) or entropy
+    model.learn(20 + n_updates)
+    steps = [int(o.state_dict()["state"][0]["step"]) for o in (model.critic.optimizer, model.actor.optimizer)]
+    assert [*steps, len(moved)] == [n_updates, n_actor_updates, n_actor_updates]
 
 
 class LastDump(KVWriter):
@@ -298,7 +298,7 @@ def test_metrics():
     assert all(math.isfinite(writer.values[f"train/{name}"]) for name in names)
     assert writer.values["train/n_updates"] == 19 and writer.values["train/learning_rate"] == 1e-3
     assert 0 <= writer.values["train/saturation"] <= 1 and 0 < writer.values["train/action_std"] < 1.1
-    assert writer.values["train/ent_coef"] == pytest.approx(0.3, rel=0.1)
+    assert model.temperature.value() < writer.values["train/ent_coef"] < 0.3, "the mean of a temperature that falls"
     assert writer.values["time/total_timesteps"] == 40
 
 

@@ -77,7 +77,7 @@ def test_save_load(model, tmp_path, kind):
     loaded = QSM.load(path, env=model.get_env(), device="cpu")
     obs = observations(model)
     assert_same(predictions(model, obs), predictions(loaded, obs))
-    # Weights, both networks' optimizers, temperature and its optimizer
+    # Weights, both networks' optimizers, temperature
     assert_same_state(model.get_parameters(), loaded.get_parameters())
     assert loaded.policy.diffusion_kwargs == model.policy.diffusion_kwargs
     assert loaded._n_updates == 30 and loaded.num_timesteps == 40
@@ -111,8 +111,6 @@ def test_temperature_survives(model, tmp_path):
     loaded = QSM.load(tmp_path / "model", device="cpu")
     assert model.temperature.value().item() != pytest.approx(0.5, rel=1e-3)
     assert th.equal(loaded.temperature.value(), model.temperature.value())
-    assert loaded.temperature.optimizer.state_dict()["state"][0]["step"].item() == 15
-    # The optimizer that was loaded still moves the parameter that was loaded
     loaded.temperature.update(th.tensor(1e6))
     assert loaded.temperature.value() < model.temperature.value()
 
@@ -121,7 +119,6 @@ def test_fixed_temperature_survives(tmp_path):
     QSM("MlpPolicy", "Pendulum-v1", ent_coef=0.3, **SMALL).save(tmp_path / "model")
     loaded = QSM.load(tmp_path / "model", device="cpu")
     assert loaded.temperature.value().item() == pytest.approx(0.3)
-    assert not any("temperature.optimizer" in name for name in loaded.get_parameters())
 
 
 def test_set_parameters(model):

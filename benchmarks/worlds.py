@@ -1,4 +1,8 @@
-"""Small worlds with several equally good answers: best actions, goals in a plane, the two ways to swing up a pole."""
+"""
+Small worlds with several equally good answers: best actions, goals in a plane, the two ways to swing up a pole.
+
+And two wrappers that scale the rewards of any environment.
+"""
 
 from typing import Any
 
@@ -150,6 +154,22 @@ class CartPoleSwingUp(gym.Env):
     def _observation(self) -> np.ndarray:
         x, x_dot, angle, angle_dot = self.state
         return np.array([x, x_dot, np.cos(angle), np.sin(angle), angle_dot], np.float32)
+
+
+def tenth_of_reward(env: gym.Env) -> gym.Env:
+    """
+    :param env: any environment
+    :return: the same with a tenth of the reward
+    """
+    return gym.wrappers.TransformReward(env, lambda reward: 0.1 * float(reward))
+
+
+def tenfold_reward(env: gym.Env) -> gym.Env:
+    """
+    :param env: any environment
+    :return: the same with ten times the reward
+    """
+    return gym.wrappers.TransformReward(env, lambda reward: 10.0 * float(reward))
 
 
 # Number of equally good ends of an episode

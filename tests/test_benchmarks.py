@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 
 import gymnasium as gym
 import numpy as np
@@ -32,7 +33,7 @@ from benchmarks.pictures import START, reverse_chain, world_pictures
 from benchmarks.report import write_report
 from benchmarks.results import estimate, improvement, iqm, normalised, profile, read_results, scales, spread
 from benchmarks.suites import SUITES, read_suite, select
-from benchmarks.worlds import GOALS, N_OUTCOMES
+from benchmarks.worlds import GOALS, N_OUTCOMES, MultiGoal
 from sb3_qsm import QSM
 
 FIGURES = ["curves-steps", "curves-sampled", "curves-time", "efficiency", "aggregate", "profiles", "probability"]
@@ -351,6 +352,16 @@ def test_pole_keeps_its_energy():
         angles.append(env.state[2])
     assert max(angles) == pytest.approx(3 * np.pi / 2, abs=0.1)
     assert min(angles) == pytest.approx(np.pi / 2, abs=0.1)
+
+
+@pytest.mark.parametrize("label, factor", [("tenth", 0.1), ("tenfold", 10.0)])
+def test_reward_scale(label, factor):
+    cells = select(read_suite("reward-scale"), algorithm=[f"qsm-{label}"])
+    wrap = resolve_name(cells[0].hyperparams["env_wrapper"])
+    scaled, plain = wrap(MultiGoal()), MultiGoal()
+    for env in (scaled, plain):
+        env.reset(seed=0)
+    assert scaled.step(np.ones(2))[1] == pytest.approx(factor * plain.step(np.ones(2))[1])
 
 
 # === Statistics and report ===

@@ -192,7 +192,10 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process."""
+    """Peak memory of this process; on Linux, ``ru_maxrss`` would count that of the process that started it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 

@@ -26,6 +26,10 @@ test pytest: $(VENV)/.tests
 conformance: $(VENV)/.tests
 	$(BIN)/python tests/conformance/run.py --suite $(SUITE) $(ARGS)
 
+smoke: $(VENV)/.benchmarks
+	$(BIN)/python -m benchmarks run smoke --jobs 2
+	$(BIN)/python -m benchmarks report benchmarks/results/smoke
+
 type: $(VENV)/.tests
 	$(BIN)/mypy sb3_qsm
 
@@ -56,4 +60,4 @@ $(VENV)/.%: setup.cfg constraints.txt
 clean:
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache
 
-.PHONY: train test pytest conformance type lint format check-codestyle commit-checks doc venv clean
+.PHONY: train test pytest conformance smoke type lint format check-codestyle commit-checks doc venv clean

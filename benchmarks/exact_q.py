@@ -8,7 +8,7 @@ targets. Each round noises actions drawn from all that were ever taken, fits the
 import numpy as np
 import torch as th
 
-from sb3_qsm.losses import QFn, ScoreTarget, action_gradient, box_gradient_point, box_score, box_target
+from sb3_qsm.losses import QFn, ScoreTarget, box_score, tangent_score
 from sb3_qsm.samplers import ddpm_sample
 from sb3_qsm.schedules import NoiseSchedule, box_betas
 
@@ -33,15 +33,6 @@ LANDSCAPES: dict[str, QFn] = {
     "two bells, one half as high": lambda a: bell(a, -0.6, 1.0, 0.25) + bell(a, 0.6, 0.5, 0.25),
     "parabola with ripples": lambda a: -((a - 0.3) ** 2) + 0.2 * th.sin(10 * a),
 }
-
-
-def tangent_score(
-    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, *args: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
-    """``box_score`` without the replay action."""
-    alpha, sigma, ent_coef = args
-    q_grad = action_gradient(q_fns[0], box_gradient_point(noisy_actions, alpha, sigma))
-    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
 
 def learn(q_fn: QFn, score_target: ScoreTarget, ent_coef: float) -> th.Tensor:

@@ -105,6 +105,18 @@ def box_target(
     return truncated_normal_mean(noisy_actions / alpha + ratio * shift, ratio)
 
 
+def tangent_score(
+    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    :func:`box_target` with the gradient of the first critic: the default without its second candidate.
+
+    Arguments and result as for :func:`box_score`.
+    """
+    q_grad = action_gradient(q_fns[0], box_gradient_point(noisy_actions, alpha, sigma))
+    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
+
+
 def weigh_by_value(target: th.Tensor, actions: th.Tensor, advantage: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
     """
     The tangent's answer and the replay action, weighted by exp(Q / lambda): two candidates for the mean of a_0 given a_t.
@@ -125,7 +137,7 @@ def box_score(
     q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    The default: :func:`box_target`, then :func:`weigh_by_value`. The first critic shows the way and the last one judges, as
+    The default: :func:`tangent_score`, then :func:`weigh_by_value`. The first critic shows the way and the last one judges, as
     in double Q-learning: a critic would be fooled by its own errors, which its gradient climbs.
 
     :param q_fns: critics, each (B, A) -> (B, 1)
@@ -136,8 +148,7 @@ def box_score(
     :param ent_coef: temperature lambda, shape ()
     :return: clean actions to regress on, and the gradient of Q that led there, each of shape (B, A)
     """
-    q_grad = action_gradient(q_fns[0], box_gradient_point(noisy_actions, alpha, sigma))
-    target = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
+    target, q_grad = tangent_score(q_fns, actions, noisy_actions, alpha, sigma, ent_coef)
     with th.no_grad():
         advantage = q_fns[-1](target) - q_fns[-1](actions)
     return weigh_by_value(target, actions, advantage, ent_coef), q_grad
@@ -155,7 +166,7 @@ def published_score(
     return published_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
 
-SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score, "published": published_score}
+SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score, "tangent": tangent_score, "published": published_score}
 
 
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:

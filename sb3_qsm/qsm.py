@@ -84,7 +84,7 @@ class QSM(OffPolicyAlgorithm):
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
     :param target_entropy: entropy to hold when learning ``ent_coef``, in nats; ``"auto"`` is minus the action dimension
-    :param score_target: what the denoiser regresses on: "box", "published", or a function like
+    :param score_target: what the denoiser regresses on: "box", "tangent", "published", or a function like
         :func:`~sb3_qsm.losses.box_score`
     :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target
     :param actor_lr_decay_updates: cosine-decay the actor's learning rate to zero over that many updates; never by default

@@ -17,6 +17,7 @@ from sb3_qsm.losses import (
     published_score,
     published_target,
     score_matching_loss,
+    tangent_score,
     truncated_normal_mean,
     weigh_by_value,
 )
@@ -147,6 +148,15 @@ def test_box_score_climbs_the_first_critic_and_asks_the_last():
     climbed = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
     share = 1 / (1 + math.exp(-(last(climbed) - last(actions)).item() / 0.5))
     np.testing.assert_allclose(target, share * climbed + (1 - share) * actions, atol=1e-6)
+
+
+def test_tangent_score_is_box_score_without_the_replay_action():
+    alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.5)
+    noisy_actions = th.tensor([[0.4, -0.3]])
+    q_fns = [lambda a: (a * th.tensor([3.0, -1.0])).sum(dim=1, keepdim=True), lambda a: math.nan * a[:, :1]]
+    target, q_grad = tangent_score(q_fns, th.full((1, 2), math.nan), noisy_actions, alpha, sigma, ent_coef)
+    np.testing.assert_allclose(q_grad, [[3.0, -1.0]], rtol=1e-6)
+    assert th.equal(target, box_target(noisy_actions, alpha, sigma, q_grad, ent_coef))
 
 
 def test_weigh_by_value_by_hand():

@@ -346,7 +346,7 @@ def test_critic_loss_looks_at_the_next_action(target_policy_noise):
         assert (loss / 4 * 50) == pytest.approx(round(loss / 4 * 50), abs=1e-3)
 
 
-@pytest.mark.parametrize(("score_target", "slope"), [("box", 1.0), ("published", 2.0)])
+@pytest.mark.parametrize(("score_target", "slope"), [("box", 1.0), ("tangent", 1.0), ("published", 2.0)])
 def test_actor_follows_the_online_critics(score_target, slope):
     """Of slopes 1 and 3, "box" climbs the first, "published" their mean; the target critics, here broken, have no say."""
     model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5, score_target=score_target)

@@ -354,9 +354,10 @@ class DiffusionPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
+        if not self.training == self.actor.training == self.critic.training == mode:  # a walk over all modules at each predict
+            self.actor.set_training_mode(mode)
+            self.critic.set_training_mode(mode)
+            self.training = mode
 
 
 MlpPolicy = DiffusionPolicy

@@ -260,6 +260,9 @@ def test_modes():
     assert policy.training and policy.actor.training and policy.critic.training and not policy.critic_target.training
     policy.set_training_mode(False)
     assert not (policy.training or policy.actor.training or policy.critic.training or policy.critic_target.training)
+    policy.actor.train()  # behind its back
+    policy.set_training_mode(False)
+    assert not policy.actor.training
 
 
 @pytest.mark.parametrize("interval, n_updates, moved", [(1, 1, True), (3, 2, False), (3, 3, True)])

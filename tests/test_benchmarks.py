@@ -165,6 +165,17 @@ def test_cell_leaves_a_whole_result(tmp_path):
     assert 100 < meta["peak_memory_mb"] < 10_000 and 0 < meta["ms_per_action"] < 1000
 
 
+def test_peak_memory_is_that_of_the_process_itself():
+    ballast = np.ones(200_000_000 // 8)  # of the parent: does not count
+    code = (
+        "import numpy as np; from benchmarks.cells import peak_memory_mb as peak; before = peak(); np.ones(300_000_000 // 8); "
+    )
+    done = subprocess.run([sys.executable, "-c", code + "print(before, peak())"], capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert len(ballast) and before > 50
+    assert after - before == pytest.approx(300, abs=20)
+
+
 def test_evaluation_does_not_change_training(tmp_path):
     cell = read_suite(write_suite(tmp_path))[0]
     run_cell(cell, tmp_path)

@@ -381,12 +381,13 @@ def test_actor_loss_by_hand(score_target):
     ratio = 0.1 * 25 ** (t[:, None] / 5)
     alpha, sigma = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
     noisy_actions = 0.5 * alpha + sigma * noise
-    if score_target == "box":
-        # The normal around a_t / alpha, moved by r^2 g / lambda = 2 r^2 or 2 r, on the box, against the replay action 0.5
-        climbed = truncated_normal_mean(noisy_actions / alpha + ratio * (2 * ratio).clamp(max=2), ratio)
-        target = 0.5 + th.sigmoid(3 * (climbed - 0.5) / 0.5) * (climbed - 0.5)
-    else:  # noise -g / lambda = -4
-        target = (noisy_actions + 4 * sigma) / alpha
+    # The normal around a_t / alpha, moved by r^2 g / lambda = 2 r^2 or 2 r, on the box
+    climbed = truncated_normal_mean(noisy_actions / alpha + ratio * (2 * ratio).clamp(max=2), ratio)
+    target = {
+        "box": 0.5 + th.sigmoid(3 * (climbed - 0.5) / 0.5) * (climbed - 0.5),  # against the replay action 0.5
+        "tangent": climbed,
+        "published": (noisy_actions + 4 * sigma) / alpha,  # noise -g / lambda = -4
+    }[score_target]
     skip = 0.36 / (0.36 + ratio**2) / alpha
     out = 0.6 * ratio / (0.36 + ratio**2).sqrt()
     expected = (((skip * noisy_actions - target) / out) ** 2).mean().item()

@@ -36,7 +36,7 @@ def visited(model: OffPolicyAlgorithm, task: str) -> np.ndarray:
 
 def gap(model: OffPolicyAlgorithm, states: np.ndarray) -> dict[str, float]:
     """
-    :param model: QSM or SAC
+    :param model: QSM, or SAC with a learnt temperature
     :param states: shape (S, observation size)
     :return: mean of best Q minus Q, over lambda, for sampled and deterministic actions and for the ends of ascents that began
         at sampled actions; standard deviation of the sampled actions

@@ -35,20 +35,31 @@ LABELS = {
 N_LEVELS = 7  # of a reverse chain, in a strip that can still be read
 
 
+def mean_q(model: OffPolicyAlgorithm, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
+    """
+    :param model: model with critics
+    :param observations: a batch, shape (N, observation size)
+    :param actions: scaled actions, shape (N, A)
+    :return: mean of the critics (and of their quantiles), shape (N,)
+    """
+    critic: Any = model.policy.critic
+    values = critic(observations, actions)
+    values = th.stack(values) if isinstance(values, tuple) else values.flatten(1).T
+    return values.reshape(-1, len(actions)).mean(0)
+
+
 def q_values(model: OffPolicyAlgorithm, observation: np.ndarray, actions: np.ndarray) -> np.ndarray:
     """
     :param model: trained model
     :param observation: one observation
     :param actions: shape (N, A)
-    :return: mean of the critics (and of their quantiles), shape (N,)
+    :return: :func:`mean_q`, shape (N,)
     """
     model.policy.set_training_mode(False)
-    critic: Any = model.policy.critic
     observations = th.as_tensor(np.repeat(observation[None], len(actions), 0), device=model.device)
     with th.no_grad():
-        values = critic(observations, th.as_tensor(actions, dtype=th.float32, device=model.device))
-    values = th.stack(values) if isinstance(values, tuple) else values.flatten(1).T
-    return values.reshape(-1, len(actions)).mean(0).cpu().numpy()
+        values = mean_q(model, observations, th.as_tensor(actions, dtype=th.float32, device=model.device))
+    return values.cpu().numpy()
 
 
 def reverse_chain(model: OffPolicyAlgorithm, observation: np.ndarray) -> list[np.ndarray]:

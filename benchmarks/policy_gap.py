@@ -13,6 +13,7 @@ import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from benchmarks.algorithms import algorithm_class
+from benchmarks.pictures import mean_q
 
 N_STATES, N_ACTIONS, N_EPISODES, N_STEPS = 48, 64, 4, 100
 
@@ -47,7 +48,7 @@ def gap(model: OffPolicyAlgorithm, states: np.ndarray) -> dict[str, float]:
     ent_coef = learnt.detach().exp()
 
     def q_values(actions: th.Tensor) -> th.Tensor:
-        return th.cat(model.critic(obs, actions), dim=1).mean(dim=1).view(-1, N_ACTIONS)  # type: ignore[attr-defined]
+        return mean_q(model, obs, actions).view(-1, N_ACTIONS)
 
     def ascend(actions: th.Tensor) -> th.Tensor:
         actions = actions.clone().requires_grad_(True)

@@ -165,7 +165,7 @@ def _mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
 def _without_modules(layers: nn.Sequential) -> Callable[[th.Tensor], th.Tensor]:
     """The same function of the present weights, for a chain's many small steps: module calls are a fifth of its time."""
     functions = [
-        partial(nn.functional.linear, weight=layer.weight, bias=layer.bias) if isinstance(layer, nn.Linear) else layer.forward
+        partial(th.addmm, layer.bias, mat2=layer.weight.T) if isinstance(layer, nn.Linear) else layer.forward
         for layer in layers
     ]
 

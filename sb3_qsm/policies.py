@@ -118,8 +118,9 @@ class DiffusionActor(BasePolicy):
         )
         for name, values in coefficients._asdict().items():
             self.register_buffer(name, values, persistent=False)
-        # As python floats for the chain, which would spend its time on indexing
-        self.coefficients = list(zip(*(values.tolist() for values in coefficients), strict=True))
+        # One by one for the chain, which would spend its time on indexing; tensors and floats as in NoiseSchedule.posterior
+        c_skip, c_out, c_in = coefficients
+        self.coefficients = list(zip(c_skip.unbind(), c_out.tolist(), c_in.unbind(), strict=True))
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
         self.denoiser = network(features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
         if compile_sampling:

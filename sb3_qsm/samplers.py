@@ -32,15 +32,13 @@ def ddpm_sample(
     :param clip_range: the guess is clipped to [-clip_range, clip_range]
     :return: actions, shape (B, A)
     """
-    x_t = x_T
+    x_t, noises = x_T, noise.unbind()
     for t in reversed(range(schedule.n_steps)):
         x_0 = denoise_fn(x_t, t).clamp(-clip_range, clip_range)
         if t == 0:
             return x_0
-        beta, _, sigma = schedule.levels[t]
-        _, alpha_next, sigma_next = schedule.levels[t - 1]
-        mean = th.add((alpha_next * beta / sigma**2) * x_0, x_t, alpha=math.sqrt(1 - beta) * sigma_next**2 / sigma**2)
-        x_t = th.add(mean, noise[t], alpha=sigma_next / sigma * math.sqrt(beta))
+        of_x_0, of_x_t, std = schedule.posterior[t]
+        x_t = th.add(of_x_0 * x_0, x_t, alpha=of_x_t).add(noises[t], alpha=std)
     return x_t
 
 

@@ -104,6 +104,12 @@ class NoiseSchedule(nn.Module):
         self.register_buffer("sigma", (1 - alphas_cumprod).sqrt().float(), persistent=False)
         # The same numbers as python floats: a chain on small tensors spends its time in dispatch, not in arithmetic
         self.levels = list(zip(betas.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True))
+        # Mean and spread of a_{t-1} given a_t and a_0 (Ho et al., 2020, Eq. 7): shares of a_0 and a_t, standard deviation
+        previous = th.cat([th.ones(1, dtype=th.float64), alphas_cumprod[:-1]])
+        left = (1 - previous) / (1 - alphas_cumprod)  # share of the noise's variance
+        of_a_0, of_a_t, std = previous.sqrt() * betas / (1 - alphas_cumprod), (1 - betas).sqrt() * left, (left * betas).sqrt()
+        # A tensor costs half of what a python float does as a factor; as the alpha of an addition it has to be a float
+        self.posterior = list(zip(of_a_0.float().unbind(), of_a_t.tolist(), std.tolist(), strict=True))
 
     @property
     def n_steps(self) -> int:

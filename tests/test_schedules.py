@@ -51,6 +51,15 @@ def test_levels_by_hand():
     assert schedule.n_steps == 3
 
 
+def test_posterior_by_hand():
+    # Bayes for normals: a_1 ~ N(sqrt(0.9) a_0, 0.1) and a_2 | a_1 ~ N(sqrt(0.5) a_1, 0.5) have precisions 10 and 1,
+    # mean (10 sqrt(0.9) a_0 + sqrt(0.5) / 0.5 a_2) / 11 and variance 1 / 11; before level 0 there is a_0 itself
+    of_a_0, of_a_t, std = np.transpose(NoiseSchedule(th.tensor([0.1, 0.5])).posterior)
+    np.testing.assert_allclose(of_a_0.astype(float), [1, 10 * math.sqrt(0.9) / 11], rtol=1e-6)
+    np.testing.assert_allclose(of_a_t.astype(float), [0, 2 * math.sqrt(0.5) / 11], rtol=1e-6)
+    np.testing.assert_allclose(std.astype(float), [0, math.sqrt(1 / 11)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
 @pytest.mark.parametrize("n_steps", [1, 2, 5, 10, 50, 1000])
 def test_every_schedule(name, n_steps):

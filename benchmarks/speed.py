@@ -248,6 +248,8 @@ def train_with_full_buffer(algorithm: str, n_transitions: int) -> None:
 
 def write(name: str, rows: list[Row], console: Console) -> None:
     """
+    Show a table, and write it with the command, machine and versions behind it.
+
     :param name: name of the table
     :param rows: its rows
     :param console: where to show it
@@ -261,6 +263,8 @@ def write(name: str, rows: list[Row], console: Console) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    about = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "machine": machine(), "versions": versions()}
+    (OUT / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def main() -> None:
@@ -282,8 +286,6 @@ def main() -> None:
         sizes = {name: peak_memory(name, 1_000_000) for name in ("sac", "td3", "qsm")}
         rows = [{"algorithm": name, "peak MB": size, "ratio": size / sizes["sac"]} for name, size in sizes.items()]
         write("memory", rows, console)
-    about = {"command": " ".join(["python -m benchmarks.speed", *sys.argv[1:]]), "machine": machine(), "versions": versions()}
-    (OUT / "meta.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 if __name__ == "__main__":

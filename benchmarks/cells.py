@@ -1,7 +1,6 @@
 """One cell of the matrix: train one algorithm on one task from one seed, and leave a whole result or none."""
 
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -32,11 +31,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from benchmarks.algorithms import algorithm_class
 from benchmarks.suites import NOISE, Cell, read_policy_kwargs
 from sb3_qsm import QSM
-from sb3_qsm.checkpoint import CheckpointCallback
+from sb3_qsm.checkpoint import CheckpointCallback, package_versions
 from sb3_qsm.storage import checkpoints, newest_checkpoint
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start states for every algorithm and every evaluation
-PACKAGES = ("sb3_qsm", "stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")
+PACKAGES = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")
 
 
 def make_env(cell: Cell) -> gym.Env:
@@ -182,13 +181,7 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"python": platform.python_version(), **package_versions(PACKAGES)}
 
 
 def peak_memory_mb() -> float:

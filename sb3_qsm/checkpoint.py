@@ -255,12 +255,13 @@ def restore_buffer(buffer: ReplayBuffer, state: dict[str, Any], folder: Path) ->
 
 
 @functools.cache
-def package_versions() -> dict[str, str]:
+def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """
-    :return: versions of this package and of those that compute for it
+    :param packages: names of packages
+    :return: versions of this package and of those
     """
     found = {"sb3_qsm": (Path(__file__).parent / "version.txt").read_text().strip()}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

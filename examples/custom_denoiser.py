@@ -1,6 +1,6 @@
 """
 A denoiser of your own in twenty lines: here each action dimension gets its own small network, so that the number of
-weights grows only linearly with the number of dimensions. About a minute:
+weights grows only linearly with the number of dimensions. About two minutes:
 
     python examples/custom_denoiser.py
 """

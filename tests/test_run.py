@@ -96,6 +96,19 @@ def test_n_step_returns():
     assert isinstance(model.replay_buffer, NStepReplayBuffer) and model.replay_buffer.n_steps == 3
 
 
+@pytest.mark.parametrize("factor", [0.125, 64.0])
+def test_normalised_rewards_make_their_scale_irrelevant(factor):
+    def train(factor, norm_reward):
+        env = make_vec_env(lambda: gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: factor * reward), seed=0)
+        env = VecNormalize(env, norm_obs=False, norm_reward=norm_reward, clip_reward=np.inf)
+        return build(env=env, n_steps=3).learn(60)
+
+    plain, scaled, raw = train(1.0, True), train(factor, True), train(factor, False)
+    np.testing.assert_allclose(vector(scaled.policy), vector(plain.policy), atol=1e-4)
+    assert th.allclose(scaled.temperature.value(), plain.temperature.value(), rtol=1e-3)
+    assert not th.allclose(vector(raw.policy), vector(plain.policy), atol=1e-3)
+
+
 def test_action_noise():
     model = run(action_noise=NormalActionNoise(np.zeros(1), np.full(1, 100.0)))
     # Added and clipped from the first random step on

@@ -16,7 +16,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from stable_baselines3.her import HerReplayBuffer
 from torch import nn
 
@@ -99,8 +99,8 @@ def test_n_step_returns():
 @pytest.mark.parametrize("factor", [0.125, 64.0])
 def test_normalised_rewards_make_their_scale_irrelevant(factor):
     def train(factor, norm_reward):
-        env = make_vec_env(lambda: gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: factor * reward), seed=0)
-        env = VecNormalize(env, norm_obs=False, norm_reward=norm_reward, clip_reward=np.inf)
+        env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: factor * reward)
+        env = VecNormalize(DummyVecEnv([lambda: env]), norm_obs=False, norm_reward=norm_reward, clip_reward=np.inf)
         return build(env=env, n_steps=3).learn(60)
 
     plain, scaled, raw = train(1.0, True), train(factor, True), train(factor, False)

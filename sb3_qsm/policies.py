@@ -212,20 +212,39 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
-class LayerNormCritic(ContinuousCritic):
+class Scale(nn.Module):
     """
-    SB3's critics with layer normalisation before each activation; the arguments are SB3's, all by keyword.
-
-    :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`
+    Multiplication by a number that is set and not learnt.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    value: th.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", th.ones(()))
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        return self.value * input
+
+
+class ScaledCritic(ContinuousCritic):
+    """
+    SB3's critics with layer normalisation before each activation, and with values in units of ``scale``: the networks learn
+    numbers around one, whatever the rewards are, and the critics still answer in units of the return.
+
+    :param layer_norm: whether each hidden layer is normalised
+    :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`, all by keyword
+    """
+
+    def __init__(self, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.scale = Scale()
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
+        norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
-            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=[LayerNorm])
-            self.q_networks.append(nn.Sequential(*layers))
+            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
+            self.q_networks.append(nn.Sequential(*layers, self.scale))
             setattr(self, f"qf{index}", self.q_networks[-1])
 
 
@@ -252,8 +271,8 @@ class DiffusionPolicy(BasePolicy):
     """
 
     actor: DiffusionActor
-    critic: ContinuousCritic
-    critic_target: ContinuousCritic
+    critic: ScaledCritic
+    critic_target: ScaledCritic
 
     def __init__(
         self,
@@ -299,8 +318,8 @@ class DiffusionPolicy(BasePolicy):
             activation_fn=activation_fn,
             n_critics=n_critics,
             share_features_extractor=share_features_extractor,
+            layer_norm=layer_norm,
         )
-        self.layer_norm = layer_norm
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -326,7 +345,7 @@ class DiffusionPolicy(BasePolicy):
             activation_fn=self.critic_kwargs["activation_fn"],
             n_critics=self.critic_kwargs["n_critics"],
             share_features_extractor=self.critic_kwargs["share_features_extractor"],
-            layer_norm=self.layer_norm,
+            layer_norm=self.critic_kwargs["layer_norm"],
             lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
@@ -339,9 +358,8 @@ class DiffusionPolicy(BasePolicy):
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
         return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ContinuousCritic:
-        critic_class = LayerNormCritic if self.layer_norm else ContinuousCritic
-        return critic_class(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ScaledCritic:
+        return ScaledCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic=deterministic)

@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, QFn, ScoreTarget, box_entropy, score_matching_loss
-from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, lookup
+from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, ScaledCritic, lookup
 from sb3_qsm.storage import Checkpoint, newest_checkpoint
 from sb3_qsm.temperature import Temperature, make_temperature
 
@@ -80,6 +80,8 @@ class QSM(OffPolicyAlgorithm):
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: number of steps of the return before the bootstrap
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
+    :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of the
+        discounted returns so far, so that learning does not depend on the scale of the rewards
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
@@ -105,8 +107,8 @@ class QSM(OffPolicyAlgorithm):
     }
     policy: DiffusionPolicy
     actor: DiffusionActor
-    critic: ContinuousCritic
-    critic_target: ContinuousCritic
+    critic: ScaledCritic
+    critic_target: ScaledCritic
     temperature: Temperature
     _resumed: Checkpoint | None = None
 
@@ -128,6 +130,7 @@ class QSM(OffPolicyAlgorithm):
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
         policy_delay: int = 2,
+        value_scale: str | float = "auto",
         ent_coef: str | float = "auto",
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
@@ -169,6 +172,7 @@ class QSM(OffPolicyAlgorithm):
             support_multi_env=True,
         )
         self.policy_delay = policy_delay
+        self.value_scale = value_scale
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.target_entropy = target_entropy
@@ -189,6 +193,8 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._metrics: list[tuple[str, th.Tensor]] = []
+        self._returns = np.zeros(self.n_envs)
+        self._squared_returns = [0.0, 0]  # sum and number
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
 
     def _check_arguments(self) -> None:
@@ -204,6 +210,9 @@ class QSM(OffPolicyAlgorithm):
             value = getattr(self, name)
             if value is not None and not isinstance(value, wanted):
                 raise ValueError(f"{name} must be of type {wanted.__name__}, got {value!r}")
+        scale = self.value_scale
+        if scale != "auto" and (not isinstance(scale, Real) or isinstance(scale, bool) or not 0 < scale < math.inf):
+            raise ValueError(f'value_scale must be a positive number or "auto", got {scale!r}')
         numbers = NUMBERS if callable(self.learning_rate) else NUMBERS | {"learning_rate": (Real, 0, sys.float_info.max)}
         for name, (kind, low, high) in numbers.items():
             value = getattr(self, name)
@@ -218,6 +227,7 @@ class QSM(OffPolicyAlgorithm):
         decay = 0.5 * (1 + math.cos(math.pi * min(1, self._n_updates / self.actor_lr_decay_updates)))
         for group in self.actor.optimizer.param_groups:
             group["lr"] *= decay
+        self._set_value_scale()
 
         # polyak_update, for all parameters at once: a fifth of its time
         move_target = get_ema_multi_avg_fn(1 - self.tau)
@@ -237,6 +247,16 @@ class QSM(OffPolicyAlgorithm):
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self._log_metrics()
+
+    def _set_value_scale(self) -> None:
+        """
+        Give the critics their unit. With "auto" it is one until the first reward.
+        """
+        total, number = self._squared_returns
+        measured = math.sqrt(total / number) if total > 0 else 1.0
+        scale = measured if self.value_scale == "auto" else float(self.value_scale)
+        for critic in (self.critic, self.critic_target):
+            critic.scale.value.fill_(scale)
 
     def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
         """
@@ -278,7 +298,7 @@ class QSM(OffPolicyAlgorithm):
         Temporal-difference error of all critics against the smallest target critic at a sampled next action.
 
         :param replay_data: batch of transitions
-        :return: sum over critics of the mean squared error, shape ()
+        :return: sum over critics of the mean squared error in units of ``value_scale``, shape ()
         """
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         with th.no_grad():
@@ -289,7 +309,8 @@ class QSM(OffPolicyAlgorithm):
             next_q_values = next_q_values.min(dim=1, keepdim=True).values
             target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
         q_values = self.critic(replay_data.observations, replay_data.actions)
-        return sum(F.mse_loss(q_value, target_q_values) for q_value in q_values)  # type: ignore[return-value]
+        scale = self.critic.scale.value
+        return sum(F.mse_loss(q_value / scale, target_q_values / scale) for q_value in q_values)  # type: ignore[return-value]
 
     def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
@@ -341,6 +362,10 @@ class QSM(OffPolicyAlgorithm):
             check_finite(name, value, self.num_timesteps)
         for value in [new_obs, *terminal_obs]:
             check_finite("observation", value, self.num_timesteps)
+        self._returns = reward + self.gamma * self._returns  # discounted backwards, as in VecNormalize: as good for a scale
+        self._squared_returns[0] += float((self._returns**2).sum())
+        self._squared_returns[1] += len(reward)
+        self._returns[dones] = 0
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def dump_logs(self) -> None:
@@ -371,6 +396,8 @@ class QSM(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfQSM:
+        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environments
+            self._returns = np.zeros(self.n_envs)
         return super().learn(
             total_timesteps=int(total_timesteps),  # 1e6 is a float
             callback=callback,

@@ -212,40 +212,33 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
-class Scale(nn.Module):
-    """
-    Multiplication by a number that is set and not learnt.
-    """
-
-    value: th.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("value", th.ones(()))
-
-    def forward(self, input: th.Tensor) -> th.Tensor:
-        return self.value * input
-
-
 class ScaledCritic(ContinuousCritic):
     """
-    SB3's critics with layer normalisation before each activation, and with values in units of ``scale``: the networks learn
-    numbers around one, whatever the rewards are, and the critics still answer in units of the return.
+    SB3's critics with layer normalisation before each activation, and values in units of ``scale``: the networks learn numbers
+    around one, whatever the rewards are, and the critics answer in units of the return.
 
     :param layer_norm: whether each hidden layer is normalised
     :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`, all by keyword
     """
 
+    scale: th.Tensor
+
     def __init__(self, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.scale = Scale()
+        self.register_buffer("scale", th.ones(()))
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
         norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
             layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
-            self.q_networks.append(nn.Sequential(*layers, self.scale))
+            self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
+
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        return tuple(self.scale * q_value for q_value in super().forward(obs, actions))
+
+    def q1_forward(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return self.scale * super().q1_forward(obs, actions)
 
 
 class DiffusionPolicy(BasePolicy):

@@ -246,6 +246,7 @@ class QSM(OffPolicyAlgorithm):
                 # Copy running stats last, dQ/da moves them; see SB3 issue #996
                 polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/value_scale", self.critic.scale.item())
         self._log_metrics()
 
     def _set_value_scale(self) -> None:
@@ -256,7 +257,7 @@ class QSM(OffPolicyAlgorithm):
         measured = math.sqrt(total / number) if total > 0 else 1.0
         scale = measured if self.value_scale == "auto" else float(self.value_scale)
         for critic in (self.critic, self.critic_target):
-            critic.scale.value.fill_(scale)
+            critic.scale.fill_(scale)
 
     def _optimize(self, name: str, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
         """
@@ -309,7 +310,7 @@ class QSM(OffPolicyAlgorithm):
             next_q_values = next_q_values.min(dim=1, keepdim=True).values
             target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
         q_values = self.critic(replay_data.observations, replay_data.actions)
-        scale = self.critic.scale.value
+        scale = self.critic.scale
         return sum(F.mse_loss(q_value / scale, target_q_values / scale) for q_value in q_values)  # type: ignore[return-value]
 
     def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
@@ -344,7 +345,7 @@ class QSM(OffPolicyAlgorithm):
             features = self.critic.extract_features(observations, self.critic.features_extractor)
 
         def q_fn(q_network: th.nn.Module) -> QFn:
-            return lambda actions: q_network(th.cat([features, actions], dim=1))
+            return lambda actions: self.critic.scale * q_network(th.cat([features, actions], dim=1))
 
         return [q_fn(q_network) for q_network in self.critic.q_networks]
 

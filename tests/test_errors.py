@@ -41,6 +41,7 @@ BAD_TYPES = {
     "policy_kwargs": (["net_arch=[8]", [8]], "dict"),
 }
 BAD_CHOICES = {
+    "value_scale": (["aut", 0, -1.0, math.nan, math.inf, None, True, "2"], 'a positive number or "auto"'),
     "ent_coef": (["aut", "auto_0", 0, -1.0, math.nan, None], 'a positive number, "auto" or "auto_<positive number>"'),
     "target_entropy": (["aut", math.nan, math.inf, None], 'a number or "auto"'),
     "replay_buffer_class": (["her", 3, dict], "a subclass of ReplayBuffer"),

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv, SimpleMultiObsEnv
@@ -96,17 +97,58 @@ def test_n_step_returns():
     assert isinstance(model.replay_buffer, NStepReplayBuffer) and model.replay_buffer.n_steps == 3
 
 
-@pytest.mark.parametrize("factor", [0.125, 64.0])
-def test_normalised_rewards_make_their_scale_irrelevant(factor):
-    def train(factor, norm_reward):
-        env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: factor * reward)
-        env = VecNormalize(DummyVecEnv([lambda: env]), norm_obs=False, norm_reward=norm_reward, clip_reward=np.inf)
-        return build(env=env, n_steps=3).learn(60)
+def learn_scaled(factor, **kwargs):
+    env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: factor * reward)
+    return build(env=env, n_steps=3, ent_coef=f"auto_{factor}", **kwargs).learn(60)
 
-    plain, scaled, raw = train(1.0, True), train(factor, True), train(factor, False)
-    np.testing.assert_allclose(vector(scaled.policy), vector(plain.policy), atol=1e-4)
-    assert th.allclose(scaled.temperature.value(), plain.temperature.value(), rtol=1e-3)
-    assert not th.allclose(vector(raw.policy), vector(plain.policy), atol=1e-3)
+
+@pytest.mark.parametrize("factor", [0.125, 64.0])
+def test_scale_of_rewards_is_irrelevant(factor):
+    """With powers of two and a temperature that starts in proportion, all but its logarithm is rounded alike."""
+    plain, scaled = learn_scaled(1.0), learn_scaled(factor)
+    np.testing.assert_allclose(vector(scaled.policy), vector(plain.policy), atol=1e-6)
+    assert scaled.temperature.value() / plain.temperature.value() == pytest.approx(factor, rel=1e-5)
+    assert scaled.critic.scale == factor * plain.critic.scale
+    fixed = [learn_scaled(f, value_scale=1.0) for f in (1.0, factor)]
+    assert not th.allclose(*(vector(model.policy) for model in fixed), atol=1e-3)
+
+
+class Paying(gym.Env):
+    """Pays in turn 1 and 2; episodes of three steps."""
+
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, wage=1.0):
+        self.n_steps, self.wage = 0, wage
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        return np.zeros(1, np.float32), self.wage * (2 - self.n_steps % 2), self.n_steps % 3 == 0, False, {}
+
+
+def test_value_scale_by_hand():
+    model = build(env=Paying(), gamma=0.5, learning_starts=4, batch_size=2).learn(5)
+    # Rewards 1 2 1 | 2 1, discounted backwards: 1, 2.5, 2.25 | 2, 2
+    scale = math.sqrt((1 + 2.5**2 + 2.25**2 + 4 + 4) / 5)
+    assert model.critic.scale.item() == model.critic_target.scale.item() == pytest.approx(scale)
+    obs, action = th.zeros(1, 1), th.ones(1, 1)
+    networks = [q_network(th.cat([obs, action], dim=1)).item() for q_network in model.critic.q_networks]
+    assert [q_value.item() for q_value in model.critic(obs, action)] == pytest.approx([scale * value for value in networks])
+    assert [q_fn(action).item() for q_fn in model._q_fns(obs)] == pytest.approx([scale * value for value in networks])
+    assert model.critic.q1_forward(obs, action).item() == pytest.approx(scale * networks[0])
+    # A new learn() begins with new episodes, the moments stay
+    model.learn(1)
+    assert model._squared_returns == [pytest.approx(5 * scale**2 + (1 if model.env.envs[0].unwrapped.n_steps % 2 else 4)), 6]
+
+
+@pytest.mark.parametrize(("value_scale", "wage", "expected"), [("auto", 0.0, 1.0), (4.0, 1.0, 4.0)])
+def test_value_scale_without_rewards_and_fixed(value_scale, wage, expected):
+    model = build(env=Paying(wage), value_scale=value_scale).learn(40)
+    assert model.critic.scale.item() == model.critic_target.scale.item() == expected
 
 
 def test_action_noise():
@@ -307,14 +349,15 @@ class LastDump(KVWriter):
 
 def test_metrics():
     writer = LastDump()
-    model = build(env=gym.make("Pendulum-v1", max_episode_steps=10), ent_coef="auto_0.3", learning_rate=1e-3)
+    model = build(env=gym.make("Pendulum-v1", max_episode_steps=10), ent_coef="auto_3000", learning_rate=1e-3)
     model.set_logger(Logger(None, [writer]))
     model.learn(40, log_interval=1)
     names = ["critic_loss", "actor_loss", "ent_coef", "ent_coef_loss", "entropy", "q_grad", "action_std", "saturation"]
     assert all(math.isfinite(writer.values[f"train/{name}"]) for name in names)
+    assert writer.values["train/value_scale"] == pytest.approx(model.critic.scale.item(), rel=0.1) != 1
     assert writer.values["train/n_updates"] == 19 and writer.values["train/learning_rate"] == 1e-3
     assert 0 <= writer.values["train/saturation"] <= 1 and 0 < writer.values["train/action_std"] < 1.1
-    assert model.temperature.value() < writer.values["train/ent_coef"] < 0.3, "the mean of a temperature that falls"
+    assert model.temperature.value() < writer.values["train/ent_coef"] < 3000, "the mean of a temperature that falls"
     assert writer.values["time/total_timesteps"] == 40
 
 
@@ -337,16 +380,18 @@ BATCH = ReplayBufferSamples(
 )
 
 
-def test_critic_loss_by_hand():
-    model = build(policy_kwargs=LINEAR_CRITIC, gamma=0.5)
-    set_critic(model.critic, slopes=[1.0, 0.0], values=[0.0, 3.0])
-    set_critic(model.critic_target, slopes=[0.0, 0.0], values=[4.0, 6.0])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_critic_loss_by_hand(scale):
+    model = build(policy_kwargs=LINEAR_CRITIC, gamma=0.5, value_scale=scale)
+    model._set_value_scale()
+    set_critic(model.critic, slopes=[1.0 / scale, 0.0], values=[0.0, 3.0 / scale])
+    set_critic(model.critic_target, slopes=[0.0, 0.0], values=[4.0 / scale, 6.0 / scale])
     # Targets 1 + 0.5 * min(4, 6) = 3 and 2 (the episode ended); values (0.5, -0.5) and (3, 3)
     expected = (2.5**2 + 2.5**2) / 2 + (0 + 1) / 2
-    assert model._critic_loss(BATCH).item() == pytest.approx(expected)
+    assert model._critic_loss(BATCH).item() == pytest.approx(expected / scale**2)
     # The discounts of n-step returns replace gamma: 1 + 0.25 * 4 = 2
     discounted = BATCH._replace(discounts=th.full((2, 1), 0.25))
-    assert model._critic_loss(discounted).item() == pytest.approx((1.5**2 + 2.5**2) / 2 + (1 + 1) / 2)
+    assert model._critic_loss(discounted).item() == pytest.approx(((1.5**2 + 2.5**2) / 2 + (1 + 1) / 2) / scale**2)
 
 
 @pytest.mark.parametrize("target_policy_noise", [0.0, 1e6])

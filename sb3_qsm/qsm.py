@@ -80,8 +80,8 @@ class QSM(OffPolicyAlgorithm):
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: number of steps of the return before the bootstrap
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
-    :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of the
-        discounted returns so far, so that learning does not depend on the scale of the rewards
+    :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the standard deviation of
+        the discounted returns so far, so that learning does not depend on the scale of the rewards
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
@@ -194,7 +194,7 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._metrics: list[tuple[str, th.Tensor]] = []
         self._returns = np.zeros(self.n_envs)
-        self._squared_returns = [0.0, 0]  # sum and number
+        self._return_sums = [0.0, 0.0, 0.0]  # of their powers 0, 1 and 2
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
 
     def _check_arguments(self) -> None:
@@ -251,10 +251,10 @@ class QSM(OffPolicyAlgorithm):
 
     def _set_value_scale(self) -> None:
         """
-        Give the critics their unit. With "auto" it is one until the first reward.
+        Give the critics their unit. With "auto" it is one until the first reward, and at least a hundredth of the returns.
         """
-        total, number = self._squared_returns
-        measured = math.sqrt(total / number) if total > 0 else 1.0
+        number, total, squares = self._return_sums
+        measured = math.sqrt(max(squares - total**2 / number, 1e-4 * squares) / number) if squares > 0 else 1.0
         scale = measured if self.value_scale == "auto" else float(self.value_scale)
         for critic in (self.critic, self.critic_target):
             critic.scale.fill_(scale)
@@ -364,8 +364,7 @@ class QSM(OffPolicyAlgorithm):
         for value in [new_obs, *terminal_obs]:
             check_finite("observation", value, self.num_timesteps)
         self._returns = reward + self.gamma * self._returns  # discounted backwards, as in VecNormalize: as good for a scale
-        self._squared_returns[0] += float((self._returns**2).sum())
-        self._squared_returns[1] += len(reward)
+        self._return_sums = [s + float((self._returns**power).sum()) for power, s in enumerate(self._return_sums)]
         self._returns[dones] = 0
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 

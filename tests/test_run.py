@@ -114,26 +114,26 @@ def test_scale_of_rewards_is_irrelevant(factor):
 
 
 class Paying(gym.Env):
-    """Pays in turn 1 and 2; episodes of three steps."""
+    """Pays two wages in turn; episodes of three steps."""
 
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Box(-1, 1, (1,), np.float32)
 
-    def __init__(self, wage=1.0):
-        self.n_steps, self.wage = 0, wage
+    def __init__(self, wages=(1, 2)):
+        self.n_steps, self.wages = 0, wages
 
     def reset(self, *, seed=None, options=None):
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
         self.n_steps += 1
-        return np.zeros(1, np.float32), self.wage * (2 - self.n_steps % 2), self.n_steps % 3 == 0, False, {}
+        return np.zeros(1, np.float32), float(self.wages[1 - self.n_steps % 2]), self.n_steps % 3 == 0, False, {}
 
 
 def test_value_scale_by_hand():
     model = build(env=Paying(), gamma=0.5, learning_starts=4, batch_size=2).learn(5)
     # Rewards 1 2 1 | 2 1, discounted backwards: 1, 2.5, 2.25 | 2, 2
-    scale = math.sqrt((1 + 2.5**2 + 2.25**2 + 4 + 4) / 5)
+    scale = np.std([1, 2.5, 2.25, 2, 2])
     assert model.critic.scale.item() == model.critic_target.scale.item() == pytest.approx(scale)
     obs, action = th.zeros(1, 1), th.ones(1, 1)
     networks = [q_network(th.cat([obs, action], dim=1)).item() for q_network in model.critic.q_networks]
@@ -142,13 +142,14 @@ def test_value_scale_by_hand():
     assert model.critic.q1_forward(obs, action).item() == pytest.approx(scale * networks[0])
     # A new learn() begins with new episodes, the moments stay
     model.learn(1)
-    assert model._squared_returns == [pytest.approx(5 * scale**2 + (1 if model.env.envs[0].unwrapped.n_steps % 2 else 4)), 6]
+    new = 2 - model.env.envs[0].unwrapped.n_steps % 2
+    assert model._return_sums == pytest.approx([6, 9.75 + new, 1 + 2.5**2 + 2.25**2 + 4 + 4 + new**2])
 
 
-@pytest.mark.parametrize(("value_scale", "wage", "expected"), [("auto", 0.0, 1.0), (4.0, 1.0, 4.0)])
-def test_value_scale_without_rewards_and_fixed(value_scale, wage, expected):
-    model = build(env=Paying(wage), value_scale=value_scale).learn(40)
-    assert model.critic.scale.item() == model.critic_target.scale.item() == expected
+@pytest.mark.parametrize(("value_scale", "wages", "expected"), [("auto", [0, 0], 1), ("auto", [5, 5], 0.05), (4.0, [1, 2], 4)])
+def test_value_scale_of_constant_rewards_or_fixed(value_scale, wages, expected):
+    model = build(env=Paying(wages), value_scale=value_scale, gamma=0.0).learn(40)
+    assert model.critic.scale.item() == model.critic_target.scale.item() == pytest.approx(expected)
 
 
 def test_action_noise():

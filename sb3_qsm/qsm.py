@@ -251,10 +251,11 @@ class QSM(OffPolicyAlgorithm):
 
     def _set_value_scale(self) -> None:
         """
-        Give the critics their unit. With "auto" it is one until the first reward, and at least a hundredth of the returns.
+        Give the critics their unit. With "auto" it is one until the first reward.
         """
         number, total, squares = self._return_sums
-        measured = math.sqrt(max(squares - total**2 / number, 1e-4 * squares) / number) if squares > 0 else 1.0
+        # The first few returns, and constant ones, have next to no variance: a share of their mean square is the least
+        measured = math.sqrt(max(squares - total**2 / number, 0.03 * squares) / number) if squares > 0 else 1.0
         scale = measured if self.value_scale == "auto" else float(self.value_scale)
         for critic in (self.critic, self.critic_target):
             critic.scale.fill_(scale)

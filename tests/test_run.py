@@ -146,7 +146,9 @@ def test_value_scale_by_hand():
     assert model._return_sums == pytest.approx([6, 9.75 + new, 1 + 2.5**2 + 2.25**2 + 4 + 4 + new**2])
 
 
-@pytest.mark.parametrize(("value_scale", "wages", "expected"), [("auto", [0, 0], 1), ("auto", [5, 5], 5 * 0.03**0.5), (4.0, [1, 2], 4)])
+@pytest.mark.parametrize(
+    ("value_scale", "wages", "expected"), [("auto", [0, 0], 1), ("auto", [5, 5], 5 * 0.03**0.5), (4.0, [1, 2], 4)]
+)
 def test_value_scale_of_constant_rewards_or_fixed(value_scale, wages, expected):
     model = build(env=Paying(wages), value_scale=value_scale, gamma=0.0).learn(40)
     assert model.critic.scale.item() == model.critic_target.scale.item() == pytest.approx(expected)

@@ -110,6 +110,7 @@ class QSM(OffPolicyAlgorithm):
     critic: ScaledCritic
     critic_target: ScaledCritic
     temperature: Temperature
+    _returns: np.ndarray
     _resumed: Checkpoint | None = None
 
     def __init__(
@@ -180,6 +181,7 @@ class QSM(OffPolicyAlgorithm):
         self.target_policy_noise = target_policy_noise
         self.actor_lr_decay_updates = actor_lr_decay_updates
         self.stats_window_size = stats_window_size
+        self._return_sums = [0.0, 0.0, 0.0]  # of their powers 0, 1 and 2; not in _setup_model, so that load() keeps them
         if _init_setup_model:
             self._setup_model()
 
@@ -193,8 +195,6 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._metrics: list[tuple[str, th.Tensor]] = []
-        self._returns = np.zeros(self.n_envs)
-        self._return_sums = [0.0, 0.0, 0.0]  # of their powers 0, 1 and 2
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
 
     def _check_arguments(self) -> None:
@@ -251,11 +251,11 @@ class QSM(OffPolicyAlgorithm):
 
     def _set_value_scale(self) -> None:
         """
-        Give the critics their unit. With "auto" it is one until the first reward.
+        Give the critics their unit. With "auto" it stays what it was, one in a new model, until the first reward.
         """
         number, total, squares = self._return_sums
         # The first few returns, and constant ones, have next to no variance: a share of their mean square is the least
-        measured = math.sqrt(max(squares - total**2 / number, 0.03 * squares) / number) if squares > 0 else 1.0
+        measured = math.sqrt(max(squares - total**2 / number, 0.03 * squares) / number) if squares > 0 else self.critic.scale
         scale = measured if self.value_scale == "auto" else float(self.value_scale)
         for critic in (self.critic, self.critic_target):
             critic.scale.fill_(scale)

@@ -80,8 +80,8 @@ class QSM(OffPolicyAlgorithm):
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: number of steps of the return before the bootstrap
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
-    :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the standard deviation of
-        the discounted returns so far, so that learning does not depend on the scale of the rewards
+    :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of
+        the rewards so far, so that learning does not depend on their scale
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
@@ -110,7 +110,6 @@ class QSM(OffPolicyAlgorithm):
     critic: ScaledCritic
     critic_target: ScaledCritic
     temperature: Temperature
-    _returns: np.ndarray
     _resumed: Checkpoint | None = None
 
     def __init__(
@@ -181,7 +180,7 @@ class QSM(OffPolicyAlgorithm):
         self.target_policy_noise = target_policy_noise
         self.actor_lr_decay_updates = actor_lr_decay_updates
         self.stats_window_size = stats_window_size
-        self._return_sums = [0.0, 0.0, 0.0]  # of their powers 0, 1 and 2; not in _setup_model, so that load() keeps them
+        self._squared_rewards = [0.0, 0]  # their sum and number; not in _setup_model, so that load() keeps them
         if _init_setup_model:
             self._setup_model()
 
@@ -253,9 +252,8 @@ class QSM(OffPolicyAlgorithm):
         """
         Give the critics their unit. With "auto" it stays what it was, one in a new model, until the first reward.
         """
-        number, total, squares = self._return_sums
-        # The first few returns, and constant ones, have next to no variance: a share of their mean square is the least
-        measured = math.sqrt(max(squares - total**2 / number, 0.03 * squares) / number) if squares > 0 else self.critic.scale
+        total, number = self._squared_rewards
+        measured = math.sqrt(total / number) if total > 0 else self.critic.scale
         scale = measured if self.value_scale == "auto" else float(self.value_scale)
         for critic in (self.critic, self.critic_target):
             critic.scale.fill_(scale)
@@ -364,9 +362,7 @@ class QSM(OffPolicyAlgorithm):
             check_finite(name, value, self.num_timesteps)
         for value in [new_obs, *terminal_obs]:
             check_finite("observation", value, self.num_timesteps)
-        self._returns = reward + self.gamma * self._returns  # discounted backwards, as in VecNormalize: as good for a scale
-        self._return_sums = [s + float((self._returns**power).sum()) for power, s in enumerate(self._return_sums)]
-        self._returns[dones] = 0
+        self._squared_rewards = [self._squared_rewards[0] + float(reward @ reward), self._squared_rewards[1] + len(reward)]
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
     def dump_logs(self) -> None:
@@ -397,8 +393,6 @@ class QSM(OffPolicyAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfQSM:
-        if reset_num_timesteps or self._last_obs is None:  # SB3 resets the environments
-            self._returns = np.zeros(self.n_envs)
         return super().learn(
             total_timesteps=int(total_timesteps),  # 1e6 is a float
             callback=callback,

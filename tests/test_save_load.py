@@ -39,10 +39,10 @@ def model():
 def test_value_scale_goes_on(model, tmp_path):
     model.save(tmp_path / "model")
     loaded = QSM.load(tmp_path / "model", model.env)
-    assert loaded._return_sums == model._return_sums and loaded._return_sums[0] == 40
+    assert loaded._squared_rewards == model._squared_rewards and loaded._squared_rewards[1] == 40
     assert loaded.critic.scale == loaded.critic_target.scale == model.critic.scale != 1
     loaded.learn(20)
-    assert loaded._return_sums[0] == 60, "the returns before count for the scale"
+    assert loaded._squared_rewards[1] == 60, "the rewards before count for the scale"
 
 
 def observations(model, n=5):

@@ -214,8 +214,8 @@ class LayerNorm(nn.LayerNorm):
 
 class ScaledCritic(ContinuousCritic):
     """
-    SB3's critics with layer normalisation before each activation, and values in units of ``scale``: the networks learn numbers
-    around one, whatever the rewards are, and the critics answer in units of the return.
+    SB3's critics with layer normalisation before each activation, and values in units of ``scale``: what the networks learn
+    does not depend on the unit of the rewards, and the critics answer in units of the return.
 
     :param layer_norm: whether each hidden layer is normalised
     :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`, all by keyword

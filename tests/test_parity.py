@@ -74,8 +74,10 @@ def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
     ]
     model = QSM("MlpPolicy", SpacesOnly(), policy_kwargs=policy_kwargs, **{key: paper[key] for key in keys if key in paper})
     model.set_logger(configure(None, []))
-    assert dict(model.policy.named_parameters()).keys() == authors_weights("before", "").keys()
-    model.policy.load_state_dict(authors_weights("before", ""), strict=False)
+    plain_values = {f"{name}.scale": th.ones(()) for name in ("critic", "critic_target")}
+    weights = authors_weights("before", "") | plain_values
+    assert model.policy.state_dict().keys() == weights.keys()
+    model.policy.load_state_dict(weights)
     batch = {key: tensor(f"batch/{key}") for key in ("observations", "actions", "next_observations")}
     batch["dones"], batch["rewards"] = 1 - tensor("batch/masks")[:, None], tensor("batch/rewards")[:, None]
     monkeypatch.setattr(model.replay_buffer, "sample", lambda *args, **kwargs: ReplayBufferSamples(**batch))

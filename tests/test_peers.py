@@ -15,7 +15,7 @@ PEERS = {
     DiffusionQL: {},
     DIPO: dict(n_action_steps=5, action_lr=0.1),
     QVPO: dict(n_samples=8),
-    DACERStyle: dict(entropy_interval=50),
+    DACERStyle: dict(entropy_interval=50, value_scale=1.0),
 }
 
 
@@ -45,8 +45,8 @@ def test_bandit_is_learnt(cls):
     model = bandit_model(cls)
     before = distance_to_optimum(model)
     model.train(250, 64)
-    # Not sharper, by design: Diffusion-QL imitates the random actions, too, QVPO uniform ones, and DACER adds noise
-    assert distance_to_optimum(model) < 0.5 < before
+    # Not sharper, by design: Diffusion-QL imitates the random actions, too, and QVPO uniform ones
+    assert distance_to_optimum(model) < 0.4 < before
 
 
 @pytest.mark.parametrize("cls", PEERS)

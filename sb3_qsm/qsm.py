@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -78,7 +78,8 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
-    :param n_steps: number of steps of the return before the bootstrap
+    :param n_steps: number of steps of the return before the bootstrap; by default three where SB3 has a buffer for that,
+        otherwise (dictionary observations, ``optimize_memory_usage``, a buffer class of your own such as HER's) one
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
     :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of
         the rewards so far, so that learning does not depend on their scale
@@ -120,7 +121,7 @@ class QSM(OffPolicyAlgorithm):
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
-        tau: float = 0.005,
+        tau: float = 0.01,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
@@ -128,7 +129,7 @@ class QSM(OffPolicyAlgorithm):
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
-        n_steps: int = 1,
+        n_steps: int | None = None,
         policy_delay: int = 2,
         value_scale: str | float = "auto",
         ent_coef: str | float = "auto",
@@ -160,7 +161,7 @@ class QSM(OffPolicyAlgorithm):
             replay_buffer_class=replay_buffer_class,
             replay_buffer_kwargs=replay_buffer_kwargs,
             optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
+            n_steps=n_steps,  # type: ignore[arg-type]
             policy_kwargs=policy_kwargs,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
@@ -186,6 +187,11 @@ class QSM(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        if self.replay_buffer_class is NStepReplayBuffer and self.replay_buffer_kwargs.get("n_steps") == self.n_steps:
+            self.replay_buffer_class = None  # SB3 chose it before save(), and would warn of it in load()
+        if self.n_steps is None:
+            other = self.replay_buffer_class or self.optimize_memory_usage or isinstance(self.observation_space, spaces.Dict)
+            self.n_steps = 1 if other else 3
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
         super()._setup_model()
         if self.train_freq.frequency < 1:  # type: ignore[union-attr]
@@ -215,7 +221,7 @@ class QSM(OffPolicyAlgorithm):
         numbers = NUMBERS if callable(self.learning_rate) else NUMBERS | {"learning_rate": (Real, 0, sys.float_info.max)}
         for name, (kind, low, high) in numbers.items():
             value = getattr(self, name)
-            if value is None and name == "seed":
+            if value is None and name in ("n_steps", "seed"):
                 continue
             if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
                 raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")

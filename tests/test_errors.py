@@ -26,7 +26,7 @@ BAD_NUMBERS = {
     "tau": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "gamma": ([-0.1, 1.5, math.nan, "0.99"], "real and within [0, 1]"),
     "gradient_steps": ([-2, 0.5, None], "integral and within [-1, inf]"),
-    "n_steps": ([0, 1.0, None], "integral and within [1, inf]"),
+    "n_steps": ([0, 1.0], "integral and within [1, inf]"),
     "policy_delay": ([0, 1.5], "integral and within [1, inf]"),
     "target_update_interval": ([0, 1.5], "integral and within [1, inf]"),
     "target_policy_noise": ([-0.1, math.nan, math.inf, None], f"real and within [0, {sys.float_info.max}]"),

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import shutil
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -92,9 +93,28 @@ def test_train_freq_in_episodes():
     assert run(env=env, total_timesteps=45, train_freq=(1, "episode"), gradient_steps=-1)._n_updates == 30
 
 
-def test_n_step_returns():
-    model = run(n_steps=3)
+def test_three_step_returns_where_a_buffer_has_them(tmp_path):
+    model = run()
     assert isinstance(model.replay_buffer, NStepReplayBuffer) and model.replay_buffer.n_steps == 3
+    model.save(tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # SB3 takes the buffer's class for the user's
+        loaded = QSM.load(tmp_path / "model", env=model.env)
+    assert isinstance(loaded.replay_buffer, NStepReplayBuffer) and loaded.replay_buffer.n_steps == loaded.n_steps == 3
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(n_steps=1),
+        dict(replay_buffer_class=ReplayBuffer),
+        dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
+        dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)),
+    ],
+)
+def test_one_step_returns_elsewhere(kwargs):
+    model = build(**kwargs)
+    assert not isinstance(model.replay_buffer, NStepReplayBuffer) and model.n_steps == 1
 
 
 def learn_scaled(factor, **kwargs):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sb3_qsm.buffers import n_step_buffer_class
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, QFn, ScoreTarget, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, ScaledCritic, lookup
@@ -78,8 +79,8 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
-    :param n_steps: number of steps of the return before the bootstrap; by default three where SB3 has a buffer for that,
-        otherwise (dictionary observations, ``optimize_memory_usage``, a buffer class of your own such as HER's) one
+    :param n_steps: number of steps of the return before the bootstrap; three by default, one with ``replay_buffer_class``
+        (for instance HER) or ``optimize_memory_usage``, which have no such returns
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
     :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of
         the rewards so far, so that learning does not depend on their scale
@@ -187,13 +188,10 @@ class QSM(OffPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        if self.replay_buffer_class is NStepReplayBuffer and self.replay_buffer_kwargs.get("n_steps") == self.n_steps:
-            self.replay_buffer_class = None  # SB3 chose it before save(), and would warn of it in load()
-        if self.n_steps is None:
-            other = self.replay_buffer_class or self.optimize_memory_usage or isinstance(self.observation_space, spaces.Dict)
-            self.n_steps = 1 if other else 3
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
+        n_steps = self._choose_buffer()
         super()._setup_model()
+        self.n_steps = n_steps
         if self.train_freq.frequency < 1:  # type: ignore[union-attr]
             raise ValueError(f"train_freq must be at least 1, got {self.train_freq!r}")
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
@@ -201,6 +199,23 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._metrics: list[tuple[str, th.Tensor]] = []
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
+
+    def _choose_buffer(self) -> int:
+        """
+        Three-step returns unless the replay buffer is the user's choice. SB3 is told of one step: it has no n-step buffer
+        for dictionaries, and warns of classes that it has not chosen itself.
+
+        :return: number of steps of the return
+        """
+        n_step_class = n_step_buffer_class(self.observation_space)
+        chosen = self.replay_buffer_class is n_step_class and self.replay_buffer_kwargs.get("n_steps") == self.n_steps
+        if self.n_steps is None:
+            self.n_steps = 1 if self.replay_buffer_class or self.optimize_memory_usage else 3
+        n_steps = self.n_steps
+        if n_steps > 1 and (chosen or self.replay_buffer_class is None):
+            self.n_steps, self.replay_buffer_class = 1, n_step_class
+            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": n_steps, "gamma": self.gamma}
+        return n_steps
 
     def _check_arguments(self) -> None:
         """

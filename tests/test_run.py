@@ -23,6 +23,7 @@ from stable_baselines3.her import HerReplayBuffer
 from torch import nn
 
 from sb3_qsm import QSM, CnnPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qsm.buffers import NStepDictReplayBuffer
 from sb3_qsm.losses import SCORE_TARGETS, box_entropy, truncated_normal_mean
 from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser, noise_preconditioning
 from sb3_qsm.samplers import SAMPLERS, ddim_sample
@@ -93,14 +94,22 @@ def test_train_freq_in_episodes():
     assert run(env=env, total_timesteps=45, train_freq=(1, "episode"), gradient_steps=-1)._n_updates == 30
 
 
-def test_three_step_returns_where_a_buffer_has_them(tmp_path):
-    model = run()
-    assert isinstance(model.replay_buffer, NStepReplayBuffer) and model.replay_buffer.n_steps == 3
-    model.save(tmp_path / "model")
+@pytest.mark.parametrize(
+    "buffer_class, kwargs",
+    [
+        (NStepReplayBuffer, dict()),
+        (NStepDictReplayBuffer, dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False))),
+    ],
+)
+def test_three_step_returns(buffer_class, kwargs, tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # SB3 takes the buffer's class for the user's
-        loaded = QSM.load(tmp_path / "model", env=model.env)
-    assert isinstance(loaded.replay_buffer, NStepReplayBuffer) and loaded.replay_buffer.n_steps == loaded.n_steps == 3
+        warnings.simplefilter("error")  # SB3 would take the buffer's class for the user's
+        model = run(**kwargs)
+        model.save(tmp_path / "model")
+        loaded = QSM.load(tmp_path / "model", env=model.env, gamma=0.5)
+    assert type(model.replay_buffer) is type(loaded.replay_buffer) is buffer_class
+    assert model.n_steps == model.replay_buffer.n_steps == loaded.n_steps == loaded.replay_buffer.n_steps == 3
+    assert (model.replay_buffer.gamma, loaded.replay_buffer.gamma) == (0.99, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +118,17 @@ def test_three_step_returns_where_a_buffer_has_them(tmp_path):
         dict(n_steps=1),
         dict(replay_buffer_class=ReplayBuffer),
         dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
-        dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)),
+        dict(n_steps=1, policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)),
     ],
 )
-def test_one_step_returns_elsewhere(kwargs):
+def test_one_step_returns(kwargs):
     model = build(**kwargs)
     assert not isinstance(model.replay_buffer, NStepReplayBuffer) and model.n_steps == 1
+
+
+def test_buffer_of_the_user_keeps_its_steps():
+    model = build(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=5, gamma=0.9))
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (5, 0.9)
 
 
 def learn_scaled(factor, **kwargs):

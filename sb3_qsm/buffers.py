@@ -1,0 +1,52 @@
+"""
+The replay buffer that SB3 lacks.
+"""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+
+
+class NStepDictReplayBuffer(NStepReplayBuffer, DictReplayBuffer):  # type: ignore[misc]
+    """
+    n-step returns for dictionaries of observations: SB3's, which takes rows of observations and makes tensors of them, with
+    rows that are dictionaries.
+
+    Arguments as for SB3's ``NStepReplayBuffer``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.observations = Rows(self.observations)  # type: ignore[assignment]
+        self.next_observations = Rows(self.next_observations)  # type: ignore[assignment]
+
+    def to_torch(self, array: Any, copy: bool = True) -> Any:
+        """
+        :param array: an array, or a dictionary of arrays
+        :param copy: whether to copy the data
+        :return: the same as tensors on the buffer's device
+        """
+        if isinstance(array, dict):
+            return {key: self.to_torch(value, copy) for key, value in array.items()}
+        return super().to_torch(array, copy)
+
+
+class Rows(dict[Any, np.ndarray]):
+    """
+    Arrays by their names; anything but a name picks the same rows of all of them.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return {name: array[key] for name, array in self.items()}
+
+
+def n_step_buffer_class(observation_space: spaces.Space) -> type[NStepReplayBuffer]:
+    """
+    :param observation_space: observation space
+    :return: buffer that holds such observations
+    """
+    return NStepDictReplayBuffer if isinstance(observation_space, spaces.Dict) else NStepReplayBuffer

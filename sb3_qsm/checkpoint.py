@@ -25,7 +25,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFreq
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
-from sb3_qsm.buffers import NStepDictReplayBuffer, n_step_buffer_class
+from sb3_qsm.buffers import NStepDictReplayBuffer
 from sb3_qsm.state import (
     Capture,
     arguments_of,
@@ -292,8 +292,11 @@ def constructor_arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
         values["action_noise"] = model.action_noise.base_noise
     if isinstance(model.train_freq, TrainFreq):
         values["train_freq"] = (model.train_freq.frequency, model.train_freq.unit.value)
-    one_step_class = DictReplayBuffer if isinstance(model.observation_space, spaces.Dict) else ReplayBuffer
-    if model.replay_buffer_class is (n_step_buffer_class(model.observation_space) if model.n_steps > 1 else one_step_class):
+    if isinstance(model.observation_space, spaces.Dict):
+        default: type[ReplayBuffer] = DictReplayBuffer
+    else:
+        default = NStepReplayBuffer if (model.n_steps or 1) > 1 else ReplayBuffer
+    if model.replay_buffer_class is default:  # SB3's choice
         values["replay_buffer_class"] = None
     return {name: describe(value) for name, value in values.items()}
 

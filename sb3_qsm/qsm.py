@@ -79,8 +79,8 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
-    :param n_steps: number of steps of the return before the bootstrap; three by default, one with ``replay_buffer_class``
-        (for instance HER) or ``optimize_memory_usage``, which have no such returns
+    :param n_steps: number of steps of the return before the bootstrap, as in SB3 (not for dictionary observations). By default
+        three, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
     :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of
         the rewards so far, so that learning does not depend on their scale
@@ -189,9 +189,15 @@ class QSM(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_arguments()
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
-        n_steps = self._choose_buffer()
+        given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
+        if self.n_steps is None:
+            if self.replay_buffer_class is None and not self.optimize_memory_usage:
+                self.replay_buffer_class = n_step_buffer_class(self.observation_space)
+                self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": 3, "gamma": self.gamma}
+            self.n_steps = 1  # SB3 warns of a number beside a class
         super()._setup_model()
-        self.n_steps = n_steps
+        # What the user gave, so that save(), load() and resume() do not take the choice for the user's
+        self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
         if self.train_freq.frequency < 1:  # type: ignore[union-attr]
             raise ValueError(f"train_freq must be at least 1, got {self.train_freq!r}")
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
@@ -199,23 +205,6 @@ class QSM(OffPolicyAlgorithm):
         self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
         self._metrics: list[tuple[str, th.Tensor]] = []
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
-
-    def _choose_buffer(self) -> int:
-        """
-        Three-step returns unless the replay buffer is the user's choice. SB3 is told of one step: it has no n-step buffer
-        for dictionaries, and warns of classes that it has not chosen itself.
-
-        :return: number of steps of the return
-        """
-        n_step_class = n_step_buffer_class(self.observation_space)
-        chosen = self.replay_buffer_class is n_step_class and self.replay_buffer_kwargs.get("n_steps") == self.n_steps
-        if self.n_steps is None:
-            self.n_steps = 1 if self.replay_buffer_class or self.optimize_memory_usage else 3
-        n_steps = self.n_steps
-        if n_steps > 1 and (chosen or self.replay_buffer_class is None):
-            self.n_steps, self.replay_buffer_class = 1, n_step_class
-            self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": n_steps, "gamma": self.gamma}
-        return n_steps
 
     def _check_arguments(self) -> None:
         """

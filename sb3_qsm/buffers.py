@@ -5,7 +5,6 @@ The replay buffer that SB3 lacks.
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 
 
@@ -42,11 +41,3 @@ class Rows(dict[Any, np.ndarray]):
         if isinstance(key, str):
             return super().__getitem__(key)
         return {name: array[key] for name, array in self.items()}
-
-
-def n_step_buffer_class(observation_space: spaces.Space) -> type[NStepReplayBuffer]:
-    """
-    :param observation_space: observation space
-    :return: buffer that holds such observations
-    """
-    return NStepDictReplayBuffer if isinstance(observation_space, spaces.Dict) else NStepReplayBuffer

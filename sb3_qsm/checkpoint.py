@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import VectorizedActionNoise
@@ -292,12 +291,6 @@ def constructor_arguments(model: OffPolicyAlgorithm) -> dict[str, Any]:
         values["action_noise"] = model.action_noise.base_noise
     if isinstance(model.train_freq, TrainFreq):
         values["train_freq"] = (model.train_freq.frequency, model.train_freq.unit.value)
-    if isinstance(model.observation_space, spaces.Dict):
-        default: type[ReplayBuffer] = DictReplayBuffer
-    else:
-        default = NStepReplayBuffer if (model.n_steps or 1) > 1 else ReplayBuffer
-    if model.replay_buffer_class is default:  # SB3's choice
-        values["replay_buffer_class"] = None
     return {name: describe(value) for name, value in values.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -23,7 +23,7 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_qsm.buffers import n_step_buffer_class
+from sb3_qsm.buffers import NStepDictReplayBuffer
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, QFn, ScoreTarget, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, ScaledCritic, lookup
@@ -192,7 +192,8 @@ class QSM(OffPolicyAlgorithm):
         given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
         if self.n_steps is None:
             if self.replay_buffer_class is None and not self.optimize_memory_usage:
-                self.replay_buffer_class = n_step_buffer_class(self.observation_space)
+                dictionaries = isinstance(self.observation_space, spaces.Dict)
+                self.replay_buffer_class = NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
                 self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": 3, "gamma": self.gamma}
             self.n_steps = 1  # SB3 warns of a number beside a class
         super()._setup_model()

@@ -134,6 +134,16 @@ def test_resume_dictionary_observations(tmp_path):
     assert found[0] == expected[0]
 
 
+def test_resume_needs_the_buffer_class_of_the_user(tmp_path):
+    """Without it the default would take over, with returns of three steps."""
+    model = QSM("MlpPolicy", make_env(), replay_buffer_class=ReplayBuffer, **SMALL)
+    expected = learn(model, 40, CheckpointCallback(15, tmp_path))
+    with pytest.raises(ValueError, match=r"resume needs these arguments again.*: replay_buffer_class"):
+        QSM.resume(tmp_path, make_env())
+    found = learn(QSM.resume(tmp_path, make_env(), replay_buffer_class=ReplayBuffer), 40)
+    assert found[0] == expected[0]
+
+
 def test_callbacks_go_on(tmp_path):
     """Their counts and results come back, and the environment of the evaluation; not what their constructors set."""
 

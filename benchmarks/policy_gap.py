@@ -1,11 +1,13 @@
 """
-How far a policy is from the best action of its own critics: ``python -m benchmarks.policy_gap ALGORITHM MODEL TASK``.
+How far a policy is from the best action of its own critics: ``python -m benchmarks.policy_gap FOLDER`` of a finished cell.
 
 At states that the policy visits, the best action is looked for by gradient ascent from its own and from random actions. The
 gap is in units of the temperature: a policy exp(Q / lambda) around a smooth maximum inside the box has A / 2.
 """
 
 import argparse
+import json
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,18 +15,20 @@ import torch as th
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from benchmarks.algorithms import algorithm_class
+from benchmarks.cells import make_env
 from benchmarks.pictures import mean_q
+from benchmarks.suites import Cell, register_environments
 
 N_STATES, N_ACTIONS, N_EPISODES, N_STEPS = 48, 64, 4, 100
 
 
-def visited(model: OffPolicyAlgorithm, task: str) -> np.ndarray:
+def visited(model: OffPolicyAlgorithm, env: gym.Env) -> np.ndarray:
     """
     :param model: a model
-    :param task: id of its environment
+    :param env: its environment
     :return: states of ``N_EPISODES`` episodes with sampled actions, shape (N_STATES, observation size)
     """
-    env, states = gym.make(task), []
+    states = []
     for episode in range(N_EPISODES):
         obs, _ = env.reset(seed=100 + episode)
         over = False
@@ -74,15 +78,15 @@ def gap(model: OffPolicyAlgorithm, states: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("algorithm", help="qsm or sac")
-    parser.add_argument("model", help="path of a saved model")
-    parser.add_argument("task", help="id of its environment")
-    arguments = parser.parse_args()
+    parser.add_argument("folder", type=Path, help="of a cell of QSM or SAC, with its model.zip")
+    folder = parser.parse_args().folder
     th.set_num_threads(1)
     th.manual_seed(0)
-    model = algorithm_class(arguments.algorithm).load(arguments.model, device="cpu")
-    cells = [f"{name} {value:.2f}" for name, value in gap(model, visited(model, arguments.task)).items()]
-    print(f"{arguments.task} {arguments.algorithm}: {', '.join(cells)}")
+    cell = Cell(**json.loads((folder / "meta.json").read_text())["cell"])
+    register_environments([cell.task])
+    model = algorithm_class(cell.algorithm).load(folder / "model", device="cpu")
+    cells = [f"{name} {value:.2f}" for name, value in gap(model, visited(model, make_env(cell))).items()]
+    print(f"{cell.task} {cell.algorithm}: {', '.join(cells)}")
 
 
 if __name__ == "__main__":

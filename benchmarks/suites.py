@@ -133,6 +133,16 @@ def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"policy_kwargs {text!r} cannot be read: {error}") from error
 
 
+def register_environments(tasks: Iterable[str]) -> None:
+    """
+    Gymnasium finds its own environments; dm_control's are registered by a package.
+
+    :param tasks: environment ids
+    """
+    if any(task.startswith("dm_control/") for task in tasks):
+        import shimmy  # noqa: F401
+
+
 def read_suite(suite: str) -> list[Cell]:
     """
     :param suite: name of a file in ``benchmarks/suites`` or path of a YAML file
@@ -148,8 +158,7 @@ def read_suite(suite: str) -> list[Cell]:
     for key in SUITE_KEYS:
         if key not in content:
             raise ValueError(f"{file.name} lacks {key!r}")
-    if any(task.startswith("dm_control/") for task in content["tasks"]):
-        import shimmy  # noqa: F401  (registers dm_control)
+    register_environments(content["tasks"])
     check_known("task", content["tasks"], gym.registry)
     cells = []
     for algorithm, entries in content["algorithms"].items():

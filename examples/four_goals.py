@@ -64,7 +64,7 @@ def main(steps=2500, path="four_goals.png"):
         panel.set(title=f"{algorithm.__name__}: mean reward {reward_of(actions).mean():.2f}\nby goal {shares}", aspect="equal")
         panel.set(xlabel="first action", xlim=(-1, 1), ylim=(-1, 1))
     panels[0].set(ylabel="second action")
-    panels[0].legend(loc="center", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
     print(f"picture: {path}")
 

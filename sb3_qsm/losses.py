@@ -69,33 +69,21 @@ def truncated_normal_mean(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
     return mean.sign() * th.where(lower > 100, far, mean.abs() - shift).clamp(-1, 1)
 
 
-def box_gradient_point(noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor) -> th.Tensor:
-    """
-    Where the box-aware target takes the gradient: the mean of a_0 given a_t when Q is flat, always inside the box.
-
-    :param noisy_actions: a_t, shape (B, A)
-    :param alpha: share of the action that is left, shape (B, 1)
-    :param sigma: standard deviation of the noise, shape (B, 1)
-    :return: actions, shape (B, A)
-    """
-    return truncated_normal_mean(noisy_actions / alpha, sigma / alpha)
-
-
 def box_target(
     noisy_actions: th.Tensor,
     alpha: th.Tensor,
     sigma: th.Tensor,
     q_grad: th.Tensor,
     ent_coef: th.Tensor,
-    max_shift: float = 2.0,
+    max_shift: float = 4.0,
 ) -> th.Tensor:
     """
     Posterior mean of the clean action on the box, with Q to first order (derived in docs/algorithm.md).
 
     exp(g a_0 / lambda) N(a_0; a_t / alpha, r^2) is a normal moved by r^2 g / lambda, truncated to the box; r = sigma / alpha.
-    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. Where Q is
-    curved the first order holds for a few r at most: a longer shift would jump over the maximum, so it is cut.
-    Arguments as for :func:`published_target`, with the gradient at :func:`box_gradient_point`.
+    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. A long shift
+    makes a noisy target, so it is cut.
+    Arguments as for :func:`published_target`, with the gradient at a clean action.
 
     :param max_shift: longest shift in each dimension, in units of r
     :return: clean actions, in [-1, 1], shape (B, A)
@@ -105,68 +93,40 @@ def box_target(
     return truncated_normal_mean(noisy_actions / alpha + ratio * shift, ratio)
 
 
-def tangent_score(
-    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    :func:`box_target` with the gradient of the first critic: the default without its second candidate.
-
-    Arguments and result as for :func:`box_score`.
-    """
-    q_grad = action_gradient(q_fns[0], box_gradient_point(noisy_actions, alpha, sigma))
-    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
-
-
-def weigh_by_value(target: th.Tensor, actions: th.Tensor, advantage: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
-    """
-    The tangent's answer and the replay action, weighted by exp(Q / lambda): two candidates for the mean of a_0 given a_t.
-
-    The tangent knows no second maximum and no end of the slope. Where it led to a worse action than the one that was noised,
-    that one is the answer.
-
-    :param target: clean actions that the tangent says, shape (B, A)
-    :param actions: replay actions a_0, shape (B, A)
-    :param advantage: Q(target) - Q(actions), shape (B, 1)
-    :param ent_coef: temperature lambda, shape ()
-    :return: clean actions, shape (B, A)
-    """
-    return actions.lerp(target, th.sigmoid(advantage / ent_coef))
-
-
 def box_score(
-    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    The default: :func:`tangent_score`, then :func:`weigh_by_value`. The first critic shows the way and the last one judges, as
-    in double Q-learning: a critic would be fooled by its own errors, which its gradient climbs.
+    The default: :func:`box_target` with the gradient at the denoiser's present answer.
 
-    :param q_fns: critics, each (B, A) -> (B, 1)
-    :param actions: replay actions a_0, shape (B, A)
+    What the answer converges to is its own target: there the tangent is taken where it is used, which makes the mean exact for
+    a quadratic Q inside the box too.
+
+    :param q_fn: value of each action, (B, A) -> (B, 1)
+    :param denoised: clean actions that the denoiser answers now, a constant for autograd, shape (B, A)
     :param noisy_actions: a_t, shape (B, A)
     :param alpha: share of the action that is left, shape (B, 1)
     :param sigma: standard deviation of the noise, shape (B, 1)
     :param ent_coef: temperature lambda, shape ()
     :return: clean actions to regress on, and the gradient of Q that led there, each of shape (B, A)
     """
-    target, q_grad = tangent_score(q_fns, actions, noisy_actions, alpha, sigma, ent_coef)
-    with th.no_grad():
-        advantage = q_fns[-1](target) - q_fns[-1](actions)
-    return weigh_by_value(target, actions, advantage, ent_coef), q_grad
+    q_grad = action_gradient(q_fn, denoised.clamp(-1, 1))
+    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
 
 def published_score(
-    q_fns: list[QFn], actions: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    The published method: :func:`published_target` with the gradient of the critics' mean at the noisy action itself.
+    The published method: :func:`published_target` with the gradient at the noisy action itself.
 
     Arguments and result as for :func:`box_score`.
     """
-    q_grad = action_gradient(lambda a: th.stack([q_fn(a) for q_fn in q_fns]).mean(dim=0), noisy_actions)
+    q_grad = action_gradient(q_fn, noisy_actions)
     return published_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
 
-SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score, "tangent": tangent_score, "published": published_score}
+SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score, "published": published_score}
 
 
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:

@@ -18,14 +18,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.buffers import NStepDictReplayBuffer
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
-from sb3_qsm.losses import SCORE_TARGETS, QFn, ScoreTarget, box_entropy, score_matching_loss
+from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, ScaledCritic, lookup
 from sb3_qsm.storage import Checkpoint, newest_checkpoint
 from sb3_qsm.temperature import Temperature, make_temperature
@@ -88,7 +88,7 @@ class QSM(OffPolicyAlgorithm):
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
     :param target_entropy: entropy to hold when learning ``ent_coef``, in nats; ``"auto"`` is minus the action dimension
-    :param score_target: what the denoiser regresses on: "box", "tangent", "published", or a function like
+    :param score_target: what the denoiser regresses on: "box", "published", or a function like
         :func:`~sb3_qsm.losses.box_score`
     :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target
     :param actor_lr_decay_updates: cosine-decay the actor's learning rate to zero over that many updates; never by default
@@ -335,29 +335,19 @@ class QSM(OffPolicyAlgorithm):
         noisy_actions = schedule.add_noise(replay_data.actions, th.randn_like(replay_data.actions), t)
         alpha, sigma = schedule.alpha[t, None], schedule.sigma[t, None]
 
+        def q_fn(actions: th.Tensor) -> th.Tensor:
+            return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
+
         ent_coef = self.temperature.value()
-        q_fns = self._q_fns(observations)
-        target, q_grad = self._score_target(q_fns, replay_data.actions, noisy_actions, alpha, sigma, ent_coef)
+        denoised = self.actor.denoise(observations, noisy_actions, t)
+        target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions, alpha, sigma, ent_coef)
 
         entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
         self._record("entropy", entropy)
         self._record("ent_coef", ent_coef)
         self._record("ent_coef_loss", self.temperature.update(entropy))
         self._record("q_grad", q_grad.abs().mean())
-        return score_matching_loss(self.actor.denoise(observations, noisy_actions, t), target, self.actor.c_out[t, None])
-
-    def _q_fns(self, observations: PyTorchObs) -> list[QFn]:
-        """
-        :param observations: observations
-        :return: the online critics there, each from scaled actions of shape (B, A) to values of shape (B, 1)
-        """
-        with th.no_grad():
-            features = self.critic.extract_features(observations, self.critic.features_extractor)
-
-        def q_fn(q_network: th.nn.Module) -> QFn:
-            return lambda actions: self.critic.scale * q_network(th.cat([features, actions], dim=1))
-
-        return [q_fn(q_network) for q_network in self.critic.q_networks]
+        return score_matching_loss(denoised, target, self.actor.c_out[t, None])
 
     def _store_transition(
         self,

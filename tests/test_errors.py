@@ -45,7 +45,7 @@ BAD_CHOICES = {
     "ent_coef": (["aut", "auto_0", 0, -1.0, math.nan, None], 'a positive number, "auto" or "auto_<positive number>"'),
     "target_entropy": (["aut", math.nan, math.inf, None], 'a number or "auto"'),
     "replay_buffer_class": (["her", 3, dict], "a subclass of ReplayBuffer"),
-    "score_target": (["papr", None, 1], "one of ['box', 'published', 'tangent']"),
+    "score_target": (["papr", None, 1], "one of ['box', 'published']"),
 }
 BAD_DIFFUSIONS = {
     "n_diffusion_steps": ([0, -1, 2.0, "5", None, True], "an integer of at least 1"),

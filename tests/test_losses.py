@@ -11,15 +11,12 @@ from torch import nn
 from sb3_qsm.losses import (
     action_gradient,
     box_entropy,
-    box_gradient_point,
     box_score,
     box_target,
     published_score,
     published_target,
     score_matching_loss,
-    tangent_score,
     truncated_normal_mean,
-    weigh_by_value,
 )
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(400)
@@ -90,11 +87,11 @@ def test_box_target_is_exact_for_linear_q(ratio, slope):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_box_target_cuts_long_shifts(sign):
-    # r = 0.5: a shift of r^2 g / lambda = 0.25 g / lambda, at most 2 r = 1, reached at g / lambda = 4
+    # r = 0.5: a shift of r^2 g / lambda = 0.25 g / lambda, at most 4 r = 2, reached at g / lambda = 8
     alpha, sigma = th.full((4, 1), math.sqrt(0.8)), th.full((4, 1), math.sqrt(0.2))
-    slope = sign * th.tensor([[3.0], [4.0], [40.0], [math.inf]])
+    slope = sign * th.tensor([[3.0], [8.0], [80.0], [math.inf]])
     target = box_target(math.sqrt(0.8) * th.full((4, 1), 0.1), alpha, sigma, slope, th.tensor(1.0))
-    expected = posterior_mean(0.1 + sign * np.array([0.75, 1.0, 1.0, 1.0]), np.full(4, 0.5))
+    expected = posterior_mean(0.1 + sign * np.array([0.75, 2.0, 2.0, 2.0]), np.full(4, 0.5))
     np.testing.assert_allclose(target[:, 0], expected, atol=1e-5)
 
 
@@ -111,13 +108,17 @@ def test_box_target_for_little_noise():
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 5.0])
 def test_box_target_for_flat_q(ratio):
-    """With g = 0 it is E[a_0 | a_t] of a uniform policy, which is also where the gradient is taken."""
+    """With g = 0 it is E[a_0 | a_t] of a uniform policy."""
     alpha = th.full((61, 1), 1 / math.sqrt(1 + ratio**2))
     noisy_actions = th.linspace(-3, 3, 61)[:, None]
     target = box_target(noisy_actions, alpha, ratio * alpha, th.zeros(61, 1), th.tensor(1.0))
     expected = posterior_mean(noisy_actions[:, 0] * math.sqrt(1 + ratio**2), np.full(61, ratio))
     np.testing.assert_allclose(target[:, 0], expected, atol=2e-5)
-    np.testing.assert_array_equal(box_gradient_point(noisy_actions, alpha, ratio * alpha), target)
+
+
+def bowl(actions):
+    """Q with gradient 2 a."""
+    return actions.pow(2).sum(dim=1, keepdim=True)
 
 
 def test_published_target_by_hand():
@@ -128,43 +129,39 @@ def test_published_target_by_hand():
     np.testing.assert_allclose(target, [[4.25, 2.5]], rtol=1e-6)
 
 
-def test_published_score_follows_the_mean_of_all_critics_at_the_noisy_action():
+def test_published_score_follows_the_gradient_at_the_noisy_action():
     alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.02)
     noisy_actions = th.tensor([[0.4, -2.0]])
-    q_fns = [lambda a: a.pow(2).sum(dim=1, keepdim=True), lambda a: (4 * a).sum(dim=1, keepdim=True)]
-    target, q_grad = published_score(q_fns, th.full((1, 2), math.nan), noisy_actions, alpha, sigma, ent_coef)
-    np.testing.assert_allclose(q_grad, [[(0.8 + 4) / 2, (-4 + 4) / 2]], rtol=1e-6)
+    target, q_grad = published_score(bowl, th.full((1, 2), math.nan), noisy_actions, alpha, sigma, ent_coef)
+    np.testing.assert_allclose(q_grad, [[0.8, -4.0]], rtol=1e-6)
     assert th.equal(target, published_target(noisy_actions, alpha, sigma, q_grad, ent_coef))
 
 
-def test_box_score_climbs_the_first_critic_and_asks_the_last():
+def test_box_score_follows_the_gradient_at_the_answer_in_the_box():
     alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.5)
-    noisy_actions, actions = th.tensor([[0.4, -0.3]]), th.tensor([[0.2, 0.1]])
-    first, nonsense, last = (
-        lambda a, w=w: (a * th.tensor(w)).sum(dim=1, keepdim=True) for w in ([3.0, -1.0], [9.0, 9.0], [1.0, 2.0])
-    )
-    target, q_grad = box_score([first, nonsense, last], actions, noisy_actions, alpha, sigma, ent_coef)
-    np.testing.assert_allclose(q_grad, [[3.0, -1.0]], rtol=1e-6)
-    climbed = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
-    share = 1 / (1 + math.exp(-(last(climbed) - last(actions)).item() / 0.5))
-    np.testing.assert_allclose(target, share * climbed + (1 - share) * actions, atol=1e-6)
-
-
-def test_tangent_score_is_box_score_without_the_replay_action():
-    alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.5)
-    noisy_actions = th.tensor([[0.4, -0.3]])
-    q_fns = [lambda a: (a * th.tensor([3.0, -1.0])).sum(dim=1, keepdim=True), lambda a: math.nan * a[:, :1]]
-    target, q_grad = tangent_score(q_fns, th.full((1, 2), math.nan), noisy_actions, alpha, sigma, ent_coef)
-    np.testing.assert_allclose(q_grad, [[3.0, -1.0]], rtol=1e-6)
+    noisy_actions = th.tensor([[0.4, -2.0]])
+    target, q_grad = box_score(bowl, th.tensor([[0.3, -1.7]]), noisy_actions, alpha, sigma, ent_coef)
+    np.testing.assert_allclose(q_grad, [[0.6, -2.0]], rtol=1e-6)
     assert th.equal(target, box_target(noisy_actions, alpha, sigma, q_grad, ent_coef))
 
 
-def test_weigh_by_value_by_hand():
-    target, actions = th.tensor([[1.0, 0.0]]).expand(4, 2), th.tensor([[0.0, -1.0]]).expand(4, 2)
-    # exp(Q / lambda) is 3 times as large at the target, the same, a third; and a worse target counts for nothing
-    advantage = 0.5 * th.tensor([[3.0], [1.0], [1 / 3], [0.0]]).log()
-    weighed = weigh_by_value(target, actions, advantage, th.tensor(0.5))
-    np.testing.assert_allclose(weighed, [[0.75, -0.25], [0.5, -0.5], [0.25, -0.75], [0.0, -1.0]], atol=1e-6)
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.2])
+def test_answer_that_is_its_own_target_is_exact_for_quadratic_q(ratio):
+    """exp(-k |a - 0.3|^2 / 2 lambda) N(a_t / alpha, r^2) is a normal; far from the bounds its mean is the fixed point."""
+    alpha, precision, ent_coef = 1 / math.sqrt(1 + ratio**2), 3.0, th.tensor(0.2)
+    noisy_actions = alpha * th.tensor([[-0.2, 0.3, 0.5]])
+    alphas, sigmas = th.full((1, 1), alpha), th.full((1, 1), ratio * alpha)
+    answer = th.zeros(1, 3)
+
+    def q_fn(actions):
+        return -precision / 2 * (actions - 0.3).pow(2).sum(dim=1, keepdim=True)
+
+    for _ in range(200):
+        target, _ = box_score(q_fn, answer, noisy_actions, alphas, sigmas, ent_coef)
+        answer = answer.lerp(target, 0.2)
+    weights = np.array([1 / ratio**2, precision / 0.2])
+    expected = (weights[0] * noisy_actions.numpy() / alpha + weights[1] * 0.3) / weights.sum()
+    np.testing.assert_allclose(answer, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("grad_enabled", [True, False])

@@ -172,7 +172,6 @@ def test_value_scale_by_hand():
     obs, action = th.zeros(1, 1), th.ones(1, 1)
     networks = [q_network(th.cat([obs, action], dim=1)).item() for q_network in model.critic.q_networks]
     assert [q_value.item() for q_value in model.critic(obs, action)] == pytest.approx([scale * value for value in networks])
-    assert [q_fn(action).item() for q_fn in model._q_fns(obs)] == pytest.approx([scale * value for value in networks])
     assert model.critic.q1_forward(obs, action).item() == pytest.approx(scale * networks[0])
 
 
@@ -287,13 +286,13 @@ def test_every_diffusion(beta_schedule, sampler, preconditioning, score_target):
     run(total_timesteps=24, score_target=score_target, policy_kwargs=choices)
 
 
-def stay_score(q_fns, actions, noisy_actions, alpha, sigma, ent_coef):
-    """Imitate the replay buffer."""
-    return actions, th.zeros_like(actions)
+def idle_score(q_fn, denoised, noisy_actions, alpha, sigma, ent_coef):
+    """Whatever Q says, no action."""
+    return th.zeros_like(denoised), th.zeros_like(denoised)
 
 
 def test_own_score_target(tmp_path):
-    model = run(score_target=stay_score)
+    model = run(score_target=idle_score)
     model.save(tmp_path / "model")
     assert QSM.load(tmp_path / "model")._score_target(None, *[th.ones(1, 1)] * 5)[1].item() == 0.0
 
@@ -438,9 +437,9 @@ def test_critic_loss_looks_at_the_next_action(target_policy_noise):
         assert (loss / 4 * 50) == pytest.approx(round(loss / 4 * 50), abs=1e-3)
 
 
-@pytest.mark.parametrize(("score_target", "slope"), [("box", 1.0), ("tangent", 1.0), ("published", 2.0)])
-def test_actor_follows_the_online_critics(score_target, slope):
-    """Of slopes 1 and 3, "box" climbs the first, "published" their mean; the target critics, here broken, have no say."""
+@pytest.mark.parametrize("score_target", SCORE_TARGETS)
+def test_actor_follows_the_online_critics(score_target):
+    """Of slopes 1 and 3 it climbs the mean; the target critics, here broken, have no say."""
     model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5, score_target=score_target)
     model.set_logger(Logger(None, []))
     set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
@@ -448,8 +447,8 @@ def test_actor_follows_the_online_critics(score_target, slope):
     assert math.isfinite(model._actor_loss(BATCH).item())
     model._log_metrics()
     logged = model.logger.name_to_value
-    assert logged["train/q_grad"] == pytest.approx(slope)
-    assert logged["train/entropy"] == pytest.approx(box_entropy(th.tensor(slope / 0.5)).item())
+    assert logged["train/q_grad"] == pytest.approx(2.0)
+    assert logged["train/entropy"] == pytest.approx(box_entropy(th.tensor(2.0 / 0.5)).item())
     assert logged["train/ent_coef"] == pytest.approx(0.5)
     assert all(parameter.grad is None for parameter in model.critic.parameters())
 
@@ -470,11 +469,9 @@ def test_actor_loss_by_hand(score_target):
     ratio = 0.1 * 25 ** (t[:, None] / 5)
     alpha, sigma = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
     noisy_actions = 0.5 * alpha + sigma * noise
-    # The normal around a_t / alpha, moved by r^2 g / lambda = 2 r^2 or 2 r, on the box
-    climbed = truncated_normal_mean(noisy_actions / alpha + ratio * (2 * ratio).clamp(max=2), ratio)
+    # The normal around a_t / alpha, moved by r^2 g / lambda = 4 r^2 or 4 r, on the box
     target = {
-        "box": 0.5 + th.sigmoid(3 * (climbed - 0.5) / 0.5) * (climbed - 0.5),  # against the replay action 0.5
-        "tangent": climbed,
+        "box": truncated_normal_mean(noisy_actions / alpha + ratio * (4 * ratio).clamp(max=4), ratio),
         "published": (noisy_actions + 4 * sigma) / alpha,  # noise -g / lambda = -4
     }[score_target]
     skip = 0.36 / (0.36 + ratio**2) / alpha

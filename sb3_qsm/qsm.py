@@ -87,7 +87,7 @@ class QSM(OffPolicyAlgorithm):
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
         or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
-    :param target_entropy: entropy to hold when learning ``ent_coef``, in nats; ``"auto"`` is minus the action dimension
+    :param target_entropy: entropy to hold when learning ``ent_coef``, in nats; ``"auto"`` is minus half the action dimension
     :param score_target: what the denoiser regresses on: "box", "published", or a function like
         :func:`~sb3_qsm.losses.box_score`
     :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target

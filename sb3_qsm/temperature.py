@@ -66,7 +66,7 @@ def make_temperature(ent_coef: str | float, target_entropy: str | float, action_
     The temperature that goes with SAC's two arguments.
 
     :param ent_coef: a positive number, "auto", or "auto_0.1" for another start than 1
-    :param target_entropy: a number in nats, or "auto" for minus the action dimension
+    :param target_entropy: a number in nats, or "auto" for minus half the action dimension
     :param action_dim: number of action dimensions A
     :return: temperature
     :raises ValueError: for anything else
@@ -75,7 +75,7 @@ def make_temperature(ent_coef: str | float, target_entropy: str | float, action_
     start = _number(str(ent_coef).removeprefix("auto").removeprefix("_") or 1.0 if automatic else ent_coef)
     if not 0 < start < math.inf:
         raise ValueError(f'ent_coef must be a positive number, "auto" or "auto_<positive number>", got {ent_coef!r}')
-    wanted = _number(-action_dim if target_entropy == "auto" else target_entropy)
+    wanted = _number(-action_dim / 2 if target_entropy == "auto" else target_entropy)
     if not math.isfinite(wanted):
         raise ValueError(f'target_entropy must be a number or "auto", got {target_entropy!r}')
     return AutoTemperature(start, wanted, action_dim) if automatic else Temperature(start)

@@ -66,7 +66,7 @@ def test_ent_coef(ent_coef, start, automatic):
     assert temperature.value().item() == pytest.approx(start)
     assert isinstance(temperature, AutoTemperature) == automatic
     if automatic:
-        assert temperature.target_entropy == -3
+        assert temperature.target_entropy == -1.5
         assert temperature.step == pytest.approx(0.05 / 3)
 
 

@@ -38,7 +38,7 @@ LANDSCAPES: dict[str, QFn] = {
 def flat_q_score(
     q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
-    """:func:`~sb3_qsm.losses.box_score` with the gradient where the answer would be if Q were flat."""
+    """:func:`~sb3_qsm.losses.box_score` with the gradient at the answer of a flat Q alone."""
     q_grad = action_gradient(q_fn, truncated_normal_mean(noisy_actions / alpha, sigma / alpha))
     return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
@@ -52,8 +52,8 @@ def learn(q_fn: QFn, score_target: ScoreTarget, ent_coef: float) -> th.Tensor:
     """
     schedule = NoiseSchedule(box_betas(6))
     x = th.linspace(-LIMIT, LIMIT, N_BINS)
-    flat_q = [truncated_normal_mean(x / alpha, sigma / alpha) for alpha, sigma in zip(schedule.alpha, schedule.sigma)]
-    table = th.stack(flat_q).numpy()
+    alphas, sigmas = schedule.alpha[:, None], schedule.sigma[:, None]
+    table = truncated_normal_mean(x / alphas, sigmas / alphas).numpy()  # right for a flat Q
 
     def place(x_t: th.Tensor) -> np.ndarray:
         return ((x_t[:, 0].numpy() + LIMIT) / (2 * LIMIT) * (N_BINS - 1)).clip(0, N_BINS - 1)

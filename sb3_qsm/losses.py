@@ -81,9 +81,8 @@ def box_target(
     Posterior mean of the clean action on the box, with Q to first order (derived in docs/algorithm.md).
 
     exp(g a_0 / lambda) N(a_0; a_t / alpha, r^2) is a normal moved by r^2 g / lambda, truncated to the box; r = sigma / alpha.
-    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. A long shift
-    makes a noisy target, so it is cut.
-    Arguments as for :func:`published_target`, with the gradient at a clean action.
+    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. A long
+    shift makes a noisy target, so it is cut. Arguments as for :func:`published_target`, with the gradient at a clean action.
 
     :param max_shift: longest shift in each dimension, in units of r
     :return: clean actions, in [-1, 1], shape (B, A)
@@ -97,10 +96,10 @@ def box_score(
     q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    The default: :func:`box_target` with the gradient at the denoiser's present answer.
+    The default: :func:`box_target` with the gradient between the denoiser's present answer and the one that a flat Q has.
 
-    What the answer converges to is its own target: there the tangent is taken where it is used, which makes the mean exact for
-    a quadratic Q inside the box too.
+    With little noise it is taken at the answer, which converges to its own target: the tangent is where it is used, and exact
+    for a quadratic Q too. With much noise the answer is a mean over all that is good; a gradient there would choose for it.
 
     :param q_fn: value of each action, (B, A) -> (B, 1)
     :param denoised: clean actions that the denoiser answers now, a constant for autograd, shape (B, A)
@@ -110,7 +109,8 @@ def box_score(
     :param ent_coef: temperature lambda, shape ()
     :return: clean actions to regress on, and the gradient of Q that led there, each of shape (B, A)
     """
-    q_grad = action_gradient(q_fn, denoised.clamp(-1, 1))
+    flat_q = truncated_normal_mean(noisy_actions / alpha, sigma / alpha)
+    q_grad = action_gradient(q_fn, flat_q.lerp(denoised.clamp(-1, 1), alpha**2))
     return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
 

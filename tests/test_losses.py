@@ -152,7 +152,7 @@ def test_answer_that_is_its_own_target_is_right_for_quadratic_q(ratio):
     exp(-k |a - 0.3|^2 / 2 lambda) N(a_t / alpha, r^2) is a normal. Far from the bounds its mean is the fixed point, as long as
     little noise leaves the gradient at the answer.
     """
-    alpha, precision, ent_coef = 1 / math.sqrt(1 + ratio**2), 3.0, th.tensor(0.2)
+    alpha, precision, ent_coef = 1 / math.sqrt(1 + ratio**2), 12.0, th.tensor(0.2)
     noisy_actions = alpha * th.tensor([[-0.2, 0.3, 0.5]])
     alphas, sigmas = th.full((1, 1), alpha), th.full((1, 1), ratio * alpha)
     answer = th.zeros(1, 3)

@@ -67,6 +67,33 @@ def task_table(results: list[Result], reference: str) -> list[Row]:
     return table
 
 
+def seed_table(results: list[Result], reference: str) -> list[Row]:
+    """
+    :param results: all results
+    :param reference: algorithm that the others are compared with
+    :return: a row for each task and algorithm: returns of each seed, and in brackets the ratio of their interquartile mean to
+        the reference's, where that is positive
+    """
+    columns = {
+        (task, algorithm): {
+            f"{title}, {mode}": np.array([summary(run.curve(mode)) for run in runs])
+            for title, summary in (("end", lambda curve: curve[-1]), ("mean over training", np.mean))
+            for mode in MODES
+        }
+        for task, algorithm, runs in by_task(results)
+    }
+    table = []
+    for task, algorithm, runs in by_task(results):
+        row: Row = {"task": task, "algorithm": algorithm, "seeds": ", ".join(str(run.meta["cell"]["seed"]) for run in runs)}
+        for title, returns in columns[task, algorithm].items():
+            rival = columns.get((task, reference), {}).get(title)
+            level = 0.0 if rival is None or algorithm == reference else iqm(rival[:, None])
+            ratio = f" ({iqm(returns[:, None]) / level:.2f})" if level > 0 else ""
+            row[title] = ", ".join(map(text, returns)) + ratio
+        table.append(row)
+    return table
+
+
 def aggregate_table(results: list[Result], scale: dict[str, tuple[float, float]], reference: str) -> list[Row]:
     """
     :param results: all results
@@ -284,6 +311,7 @@ def write_report(folder: Path) -> Path:
     scale = scales(results, reference)
     tables = {
         "aggregate": ("All tasks together", aggregate_table(results, scale, reference)),
+        "seeds": ("Each seed", seed_table(results, reference)),
         "tasks": ("Each task", task_table(results, reference)),
         "outcomes": ("Several good answers", outcome_table(results)),
         "cost": ("Cost", cost_table(results)),

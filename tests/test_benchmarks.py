@@ -30,7 +30,7 @@ from benchmarks.cells import make_model, run_cell
 from benchmarks.executors import ROOT, run_ray
 from benchmarks.figures import colors, panels
 from benchmarks.pictures import START, reverse_chain, world_pictures
-from benchmarks.report import write_report
+from benchmarks.report import save_table, seed_table, write_report
 from benchmarks.results import estimate, improvement, iqm, normalised, profile, read_results, scales, spread
 from benchmarks.suites import SUITES, read_suite, select
 from benchmarks.worlds import GOALS, N_OUTCOMES, MultiGoal
@@ -479,6 +479,27 @@ def test_report_traces_every_number(page):
     assert not re.search(r'(src|href)="(?!data:|#)', text), "self-contained"
     images = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,([^\"]+)", text)]
     assert images == [(page.parent / f"{name}.png").read_bytes() for name in FIGURES]
+
+
+def test_every_seed_is_in_the_report(page):
+    table = {(row["task"], row["algorithm"]): row for row in rows(page.parent / "seeds.csv")}
+    assert table["Up-v0", "sac"]["end, sampled"] == "90, 110"
+    assert table["Up-v0", "qsm"]["seeds"] == "0, 1" and table["Up-v0", "qsm"]["end, deterministic"] == "200, 200 (2.00)"
+    assert table["Up-v0", "td3"]["mean over training, sampled"] == "25 (0.50)"
+    assert table["Down-v0", "qsm"]["end, sampled"] == "200, 200", "no ratio to a negative return"
+
+
+def test_no_ratio_where_the_reference_has_not_run(tmp_path):
+    write_result(tmp_path, "Any-v0", "qsm", 3, (0.0, 40.0))
+    (row,) = seed_table(read_results(tmp_path / "tiny"), "sac")
+    assert (row["seeds"], row["end, sampled"], row["mean over training, sampled"]) == ("3", "40", "20")
+
+
+@pytest.mark.parametrize("suite", ["mujoco-100k", "dmc-100k"])
+def test_results_page_has_the_measured_numbers(suite, tmp_path):
+    root = Path(__file__).parents[1]
+    save_table(seed_table(read_results(root / "benchmarks" / "results" / suite), "sac"), "seeds", tmp_path)
+    assert (tmp_path / "seeds.md").read_text() in (root / "docs" / "results.md").read_text()
 
 
 def test_report_opens_in_a_browser(page, tmp_path):

@@ -497,9 +497,8 @@ def test_no_ratio_where_the_reference_has_not_run(tmp_path):
 
 @pytest.mark.parametrize("suite", ["mujoco-100k", "dmc-100k"])
 def test_results_page_has_the_measured_numbers(suite, tmp_path):
-    root = Path(__file__).parents[1]
-    save_table(seed_table(read_results(root / "benchmarks" / "results" / suite), "sac"), "seeds", tmp_path)
-    assert (tmp_path / "seeds.md").read_text() in (root / "docs" / "results.md").read_text()
+    save_table(seed_table(read_results(ROOT / "benchmarks" / "results" / suite), "sac"), "seeds", tmp_path)
+    assert (tmp_path / "seeds.md").read_text() in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_report_opens_in_a_browser(page, tmp_path):

@@ -58,6 +58,8 @@ def make_model(cell: Cell) -> OffPolicyAlgorithm:
     env = make_vec_env(lambda: make_env(cell), n_envs=kwargs.pop("n_envs", 1))
     if "policy_kwargs" in kwargs:
         kwargs["policy_kwargs"] = read_policy_kwargs(kwargs)
+    if "." in kwargs.get("score_target", ""):
+        kwargs["score_target"] = resolve_name(kwargs["score_target"])
     noise = kwargs.pop("noise_type", None)
     sigma = kwargs.pop("noise_std", 0.0) * np.ones(get_action_dim(env.action_space))
     if noise is not None:

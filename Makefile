@@ -31,7 +31,7 @@ smoke: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks report benchmarks/results/smoke
 
 type: $(VENV)/.tests
-	$(BIN)/mypy sb3_qsm
+	$(BIN)/mypy sb3_qsm benchmarks
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check $(LINT_PATHS)

@@ -9,6 +9,7 @@ and does not wait for the disk.
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -62,11 +63,10 @@ def row(filled: int, repeats: int = 3) -> str:
             times.setdefault("next", []).append(timed(callback.save))
             sizes["next"] = bytes_in(ours) - sizes["first"]
             env = make_env(TASK, 1, False)
-            times.setdefault("resume", []).append(timed(lambda ours=ours, env=env: QSM.resume(ours, env)))
+            times.setdefault("resume", []).append(timed(partial(QSM.resume, ours, env)))
             theirs.mkdir()
-            times.setdefault("SB3", []).append(
-                timed(lambda model=model, theirs=theirs: [model.save(theirs / "a"), model.save_replay_buffer(theirs / "b")])
-            )
+            saved = timed(partial(model.save, theirs / "a")) + timed(partial(model.save_replay_buffer, theirs / "b"))
+            times.setdefault("SB3", []).append(saved)
             sizes["SB3"] = bytes_in(theirs)
     cells = [f"{median(times[key]):.2f} s, {sizes[key] / 1e6:.1f} MB" for key in ("first", "next", "SB3")]
     return f"| {filled:,} | {' | '.join(cells)} | {median(times['resume']):.2f} s |"

@@ -8,6 +8,7 @@ that are normalised already, the ONNX graph normalises them itself.
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,8 @@ def main() -> None:
                 obs = rng.normal(size=(n, 17))
                 noise = rng.normal(size=(1 + model.actor.noise_schedule.n_steps, n, 6)).astype(np.float32)
                 inputs = {"observation": obs} if deterministic else {"observation": obs, "noise": noise}
-                eager = microseconds(lambda obs=obs, d=deterministic: model.predict(obs.astype(np.float32), deterministic=d))
-                onnx = microseconds(lambda session=session, inputs=inputs: session.run(None, inputs))
+                eager = microseconds(partial(model.predict, obs.astype(np.float32), deterministic=deterministic))
+                onnx = microseconds(partial(session.run, None, inputs))
                 cells = [f"{median:.0f} us ({high:.0f})" for median, high in (eager, onnx)]
                 name = "deterministic" if deterministic else "sampled"
                 print(f"| {n} | {name} | {' | '.join(cells)} | {eager[0] / onnx[0]:.1f} |", flush=True)

@@ -1,5 +1,5 @@
 """
-What a score target makes of a Q that is known: ``python -m benchmarks.exact_q`` (half a minute).
+What a score target makes of a Q that is known: ``python -m benchmarks.exact_q`` (a minute).
 
 One state, one action dimension, no neural network: the denoiser is a table over noisy actions, moved towards the mean of the
 targets. Each round noises actions drawn from all that were ever taken, fits the table and takes new actions.
@@ -8,7 +8,8 @@ targets. Each round noises actions drawn from all that were ever taken, fits the
 import numpy as np
 import torch as th
 
-from sb3_qsm.losses import QFn, ScoreTarget, action_gradient, box_score, box_target, truncated_normal_mean
+from benchmarks.targets import at_answer, at_flat, at_noisy
+from sb3_qsm.losses import QFn, ScoreTarget, box_score, truncated_normal_mean
 from sb3_qsm.samplers import ddpm_sample
 from sb3_qsm.schedules import NoiseSchedule, box_betas
 
@@ -33,14 +34,6 @@ LANDSCAPES: dict[str, QFn] = {
     "two bells, one half as high": lambda a: bell(a, -0.6, 1.0, 0.25) + bell(a, 0.6, 0.5, 0.25),
     "parabola with ripples": lambda a: -((a - 0.3) ** 2) + 0.2 * th.sin(10 * a),
 }
-
-
-def flat_q_score(
-    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
-    """:func:`~sb3_qsm.losses.box_score` with the gradient at the answer of a flat Q alone."""
-    q_grad = action_gradient(q_fn, truncated_normal_mean(noisy_actions / alpha, sigma / alpha))
-    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
 
 
 def learn(q_fn: QFn, score_target: ScoreTarget, ent_coef: float) -> th.Tensor:
@@ -93,11 +86,12 @@ def exact(q_fn: QFn, ent_coef: float) -> th.Tensor:
 
 
 def main() -> None:
-    print("| lambda | Q | exact | flat Q | box |", "|---|---|---|---|---|", sep="\n")
+    print("| lambda | Q | exact | at_noisy | at_flat | at_answer | box |", "|---|---|---|---|---|---|---|", sep="\n")
     for ent_coef in (0.05, 0.2):
         for name, q_fn in LANDSCAPES.items():
             th.manual_seed(0)
-            policies = [exact(q_fn, ent_coef), *(learn(q_fn, score, ent_coef) for score in (flat_q_score, box_score))]
+            targets = (at_noisy, at_flat, at_answer, box_score)
+            policies = [exact(q_fn, ent_coef), *(learn(q_fn, score, ent_coef) for score in targets)]
             cells = [f"{q_fn(a).mean():.2f} ({a.mean():.2f}, {a.std():.2f})" for a in policies]
             print(f"| {ent_coef} | {name} | {' | '.join(cells)} |", flush=True)
 

@@ -29,7 +29,7 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
 from benchmarks.algorithms import algorithm_class
-from benchmarks.suites import NOISE, Cell, read_policy_kwargs
+from benchmarks.suites import NOISE, Cell, read_policy_kwargs, read_score_target
 from sb3_qsm import QSM
 from sb3_qsm.checkpoint import CheckpointCallback, package_versions
 from sb3_qsm.storage import checkpoints, newest_checkpoint
@@ -58,8 +58,8 @@ def make_model(cell: Cell) -> OffPolicyAlgorithm:
     env = make_vec_env(lambda: make_env(cell), n_envs=kwargs.pop("n_envs", 1))
     if "policy_kwargs" in kwargs:
         kwargs["policy_kwargs"] = read_policy_kwargs(kwargs)
-    if "." in kwargs.get("score_target", ""):
-        kwargs["score_target"] = resolve_name(kwargs["score_target"])
+    if "score_target" in kwargs:
+        kwargs["score_target"] = read_score_target(kwargs)
     noise = kwargs.pop("noise_type", None)
     sigma = kwargs.pop("noise_std", 0.0) * np.ones(get_action_dim(env.action_space))
     if noise is not None:

@@ -1,5 +1,5 @@
 """
-What a score target makes of a Q that is known: ``python -m benchmarks.exact_q`` (a minute).
+What a score target makes of a Q that is known: ``python -m benchmarks.exact_q`` (two minutes).
 
 One state, one action dimension, no neural network: the denoiser is a table over noisy actions, moved towards the mean of the
 targets. Each round noises actions drawn from all that were ever taken, fits the table and takes new actions.

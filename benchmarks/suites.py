@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import gymnasium as gym
@@ -97,7 +98,7 @@ def check_hyperparams(algorithm: str, hyperparams: dict[str, Any]) -> None:
     """
     :param algorithm: name in ``ALGORITHMS``, with or without a label
     :param hyperparams: rl-zoo hyperparameters
-    :raises ValueError: for an unknown key, policy, noise, or a ``policy_kwargs`` that cannot be read
+    :raises ValueError: for an unknown key, policy, noise, or a ``policy_kwargs`` or ``score_target`` that cannot be read
     """
     cls = algorithm_class(algorithm)
     check_known(
@@ -108,6 +109,7 @@ def check_hyperparams(algorithm: str, hyperparams: dict[str, Any]) -> None:
     check_known(f"policy of {algorithm}", [hyperparams.get("policy")], cls.policy_aliases)
     check_known(f"noise_type of {algorithm}", [hyperparams.get("noise_type", "normal")], NOISE)
     read_policy_kwargs(hyperparams)
+    read_score_target(hyperparams)
 
 
 def constructor_arguments(cls: type) -> set[str]:
@@ -131,6 +133,21 @@ def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
         return eval(text, {"nn": nn})
     except Exception as error:
         raise ValueError(f"policy_kwargs {text!r} cannot be read: {error}") from error
+
+
+def read_score_target(hyperparams: dict[str, Any]) -> Any:
+    """
+    :param hyperparams: rl-zoo hyperparameters; a dotted ``score_target`` names a function, as in ``benchmarks.targets``
+    :return: the function, or ``score_target`` as it is
+    :raises ValueError: if nothing has the dotted name
+    """
+    value = hyperparams.get("score_target")
+    if "." not in str(value):
+        return value
+    try:
+        return resolve_name(value)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"score_target {value!r} must be a target of QSM or name a function: {error}") from error
 
 
 def register_environments(tasks: Iterable[str]) -> None:

@@ -89,6 +89,10 @@ def wait_for(condition, process: subprocess.Popen) -> None:
             "noise_type of td3 'pink', valid: normal",
         ),
         ({"algorithms": {"td3": {"default": {"policy": "MlpPolicy", "policy_kwargs": "dict("}}}}, "'dict\\(' cannot be read"),
+        (
+            {"algorithms": {"qsm": {"default": {"policy": "MlpPolicy", "score_target": "benchmarks.targets.nowhere"}}}},
+            "score_target 'benchmarks.targets.nowhere' must be .* 'nowhere'",
+        ),
     ],
 )
 def test_bad_suite_is_refused(tmp_path, changes, message):

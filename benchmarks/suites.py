@@ -142,7 +142,7 @@ def read_score_target(hyperparams: dict[str, Any]) -> Any:
     :raises ValueError: if nothing has the dotted name
     """
     value = hyperparams.get("score_target")
-    if "." not in str(value):
+    if not isinstance(value, str) or "." not in value:
         return value
     try:
         return resolve_name(value)

@@ -72,7 +72,7 @@ def read_results(folder: Path) -> list[Result]:
     """
     :param folder: folder of one suite
     :return: its finished cells: by task, algorithm in the order of ``ALGORITHMS``, seed
-    :raises ValueError: if there are none
+    :raises ValueError: if there are none, or if they were not evaluated at the same steps
     """
     results = [
         Result(file.parent, json.loads(file.read_text()), pd.read_csv(file.parent / "evaluations.csv"))
@@ -80,6 +80,14 @@ def read_results(folder: Path) -> list[Result]:
     ]
     if not results:
         raise ValueError(f"no finished cell in {folder}, expected <task>/<algorithm>/seed<k>/meta.json")
+    steps = {it.name: it.rows("deterministic")["step"].tolist() for it in results}
+    usual = max(steps.values(), key=list(steps.values()).count)
+    if odd := {name: at for name, at in steps.items() if at != usual}:
+        name, at = min(odd.items())
+        raise ValueError(
+            f"{name} of {folder} was evaluated at the steps {at}, other cells at {usual}: expected one grid in a folder, "
+            f"move what `run --steps` made to its own (--out); {len(odd)} of {len(results)} cells differ"
+        )
     order = list(ALGORITHMS)
     return sorted(
         results,

@@ -423,13 +423,13 @@ def test_spread_by_hand():
     assert spread(np.array([-1, -1]), 4) == (0.0, 0.0, 0.0)
 
 
-def write_result(out: Path, task: str, algorithm: str, seed: int, returns: tuple[float, float]) -> None:
-    """A finished cell with two evaluations of two episodes, ``returns`` on average."""
+def write_result(out: Path, task: str, algorithm: str, seed: int, returns: tuple[float, ...]) -> None:
+    """A finished cell, evaluated every hundred steps over two episodes, ``returns`` on average."""
     folder = out / "tiny" / task / algorithm / f"seed{seed}"
     folder.mkdir(parents=True)
     lines = ["step,training_s,mode,return_0,return_1"]
-    for step, value in zip((0, 100), returns, strict=True):
-        lines += [f"{step},{step / 10},{mode},{value - 1},{value + 1}" for mode in ("sampled", "deterministic")]
+    for i, value in enumerate(returns):
+        lines += [f"{100 * i},{10 * i},{mode},{value - 1},{value + 1}" for mode in ("sampled", "deterministic")]
     (folder / "evaluations.csv").write_text("\n".join(lines))
     cell = {"task": task, "algorithm": algorithm, "seed": seed, "n_eval_episodes": 2, "hyperparams": {"policy": "MlpPolicy"}}
     meta = {
@@ -515,6 +515,14 @@ def test_no_ratio_where_the_reference_has_not_run(tmp_path):
     write_result(tmp_path, "Any-v0", "qsm", 3, (0.0, 40.0))
     (row,) = seed_table(read_results(tmp_path / "tiny"), "sac")
     assert (row["seeds"], row["end, sampled"], row["mean over training, sampled"]) == ("3", "40", "20")
+
+
+def test_a_folder_with_two_evaluation_grids_is_refused(tmp_path):
+    for seed in (0, 1):
+        write_result(tmp_path, "Any-v0", "sac", seed, (0.0, 40.0))
+    write_result(tmp_path, "Any-v0", "qsm", 3, (0.0, 20.0, 40.0))
+    with pytest.raises(ValueError, match=r"Any-v0/qsm/seed3 .* \[0, 100, 200\], other cells at \[0, 100\]: .* 1 of 3 cells"):
+        read_results(tmp_path / "tiny")
 
 
 @pytest.mark.parametrize("suite", ["mujoco-100k", "dmc-100k"])

@@ -525,7 +525,7 @@ def test_a_folder_with_two_evaluation_grids_is_refused(tmp_path):
         read_results(tmp_path / "tiny")
 
 
-@pytest.mark.parametrize("suite", ["mujoco-100k", "dmc-100k"])
+@pytest.mark.parametrize("suite", ["mujoco-100k", "mujoco-300k", "dmc-100k"])
 def test_results_page_has_the_measured_numbers(suite, tmp_path):
     save_table(seed_table(read_results(ROOT / "benchmarks" / "results" / suite), "sac"), "seeds", tmp_path)
     assert (tmp_path / "seeds.md").read_text() in (ROOT / "docs" / "results.md").read_text()

@@ -44,6 +44,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "policy_delay": (Integral, 1, math.inf),
     "target_update_interval": (Integral, 1, math.inf),
     "target_policy_noise": (Real, 0, sys.float_info.max),
+    "pessimism": (Real, 0, 1),
     "actor_lr_decay_updates": (Real, 1, math.inf),
     "stats_window_size": (Integral, 1, math.inf),
     "verbose": (Integral, 0, math.inf),
@@ -91,6 +92,8 @@ class QSM(OffPolicyAlgorithm):
     :param score_target: what the denoiser regresses on: "box", "published", or a function like
         :func:`~sb3_qsm.losses.box_score`
     :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target
+    :param pessimism: which value of the target critics the critics learn: 0 for their mean, 1 for the smallest, as in SAC and
+        TD3, or between the two
     :param actor_lr_decay_updates: cosine-decay the actor's learning rate to zero over that many updates; never by default
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -138,6 +141,7 @@ class QSM(OffPolicyAlgorithm):
         target_entropy: str | float = "auto",
         score_target: str | ScoreTarget = "box",
         target_policy_noise: float = 0.0,
+        pessimism: float = 1.0,
         actor_lr_decay_updates: float = math.inf,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -180,6 +184,7 @@ class QSM(OffPolicyAlgorithm):
         self.target_entropy = target_entropy
         self.score_target = score_target
         self.target_policy_noise = target_policy_noise
+        self.pessimism = pessimism
         self.actor_lr_decay_updates = actor_lr_decay_updates
         self.stats_window_size = stats_window_size
         self._squared_rewards = [0.0, 0]  # their sum and number; not in _setup_model, so that load() keeps them
@@ -306,7 +311,8 @@ class QSM(OffPolicyAlgorithm):
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
-        Temporal-difference error of all critics against the smallest target critic at a sampled next action.
+        Temporal-difference error of all critics against the target critics at a sampled next action, their mean or, with
+        ``pessimism``, nearer to the smallest.
 
         :param replay_data: batch of transitions
         :return: sum over critics of the mean squared error in units of ``value_scale``, shape ()
@@ -317,7 +323,8 @@ class QSM(OffPolicyAlgorithm):
             noise = self.target_policy_noise * th.randn_like(next_actions)
             next_actions = (next_actions + noise).clamp(-1, 1)
             next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
-            next_q_values = next_q_values.min(dim=1, keepdim=True).values
+            smallest = next_q_values.min(dim=1, keepdim=True).values
+            next_q_values = next_q_values.mean(dim=1, keepdim=True).lerp(smallest, self.pessimism)
             target_q_values = replay_data.rewards + (1 - replay_data.dones) * discounts * next_q_values
         q_values = self.critic(replay_data.observations, replay_data.actions)
         scale = self.critic.scale

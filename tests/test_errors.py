@@ -30,6 +30,7 @@ BAD_NUMBERS = {
     "policy_delay": ([0, 1.5], "integral and within [1, inf]"),
     "target_update_interval": ([0, 1.5], "integral and within [1, inf]"),
     "target_policy_noise": ([-0.1, math.nan, math.inf, None], f"real and within [0, {sys.float_info.max}]"),
+    "pessimism": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "actor_lr_decay_updates": ([0, -5, math.nan, None], "real and within [1, inf]"),
     "stats_window_size": ([0, 1.5], "integral and within [1, inf]"),
     "seed": ([-1, 1.5, "a", 2**32], "integral and within [0, 4294967295]"),

@@ -424,6 +424,16 @@ def test_critic_loss_by_hand(scale):
     assert model._critic_loss(discounted).item() == pytest.approx(((1.5**2 + 2.5**2) / 2 + (1 + 1) / 2) / scale**2)
 
 
+@pytest.mark.parametrize("pessimism, next_value", [(0.0, 6.0), (0.25, 5.0), (1.0, 2.0)])
+def test_pessimism_goes_from_the_mean_to_the_smallest(pessimism, next_value):
+    model = build(policy_kwargs=LINEAR_CRITIC | dict(n_critics=3), gamma=0.5, pessimism=pessimism)
+    set_critic(model.critic, slopes=[0.0] * 3, values=[0.0] * 3)
+    set_critic(model.critic_target, slopes=[0.0] * 3, values=[4.0, 12.0, 2.0])
+    # Targets 1 + 0.5 * next_value and 2 (the episode ended), values 0
+    expected = 3 * ((1 + 0.5 * next_value) ** 2 + 2**2) / 2
+    assert model._critic_loss(BATCH).item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("target_policy_noise", [0.0, 1e6])
 def test_critic_loss_looks_at_the_next_action(target_policy_noise):
     model = build(policy_kwargs=LINEAR_CRITIC, gamma=1.0, target_policy_noise=target_policy_noise)

@@ -93,7 +93,7 @@ class QSM(OffPolicyAlgorithm):
         :func:`~sb3_qsm.losses.box_score`
     :param target_policy_noise: Standard deviation of normal noise added to the next action in the critic's target
     :param pessimism: which value of the target critics the critics learn: 0 for their mean, 1 for the smallest, as in SAC and
-        TD3, or between the two
+        TD3; halfway between the two by default
     :param actor_lr_decay_updates: cosine-decay the actor's learning rate to zero over that many updates; never by default
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
@@ -121,7 +121,7 @@ class QSM(OffPolicyAlgorithm):
         self,
         policy: str | type[DiffusionPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -141,7 +141,7 @@ class QSM(OffPolicyAlgorithm):
         target_entropy: str | float = "auto",
         score_target: str | ScoreTarget = "box",
         target_policy_noise: float = 0.0,
-        pessimism: float = 1.0,
+        pessimism: float = 0.5,
         actor_lr_decay_updates: float = math.inf,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -311,8 +311,8 @@ class QSM(OffPolicyAlgorithm):
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
-        Temporal-difference error of all critics against the target critics at a sampled next action, their mean or, with
-        ``pessimism``, nearer to the smallest.
+        Temporal-difference error of all critics against the target critics at a sampled next action: their mean, moved
+        towards the smallest by ``pessimism``.
 
         :param replay_data: batch of transitions
         :return: sum over critics of the mean squared error in units of ``value_scale``, shape ()

@@ -68,6 +68,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
         "score_target",
         "policy_delay",
         "target_policy_noise",
+        "pessimism",
         "actor_lr_decay_updates",
         "gamma",
         "tau",

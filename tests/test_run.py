@@ -416,12 +416,13 @@ def test_critic_loss_by_hand(scale):
     model._set_value_scale()
     set_critic(model.critic, slopes=[1.0 / scale, 0.0], values=[0.0, 3.0 / scale])
     set_critic(model.critic_target, slopes=[0.0, 0.0], values=[4.0 / scale, 6.0 / scale])
-    # Targets 1 + 0.5 * min(4, 6) = 3 and 2 (the episode ended); values (0.5, -0.5) and (3, 3)
-    expected = (2.5**2 + 2.5**2) / 2 + (0 + 1) / 2
+    # The next value is 4.5, halfway from the mean to the smallest of 4 and 6: targets 1 + 0.5 * 4.5 = 3.25 and 2 (the
+    # episode ended); values (0.5, -0.5) and (3, 3)
+    expected = (2.75**2 + 2.5**2) / 2 + (0.25**2 + 1) / 2
     assert model._critic_loss(BATCH).item() == pytest.approx(expected / scale**2)
-    # The discounts of n-step returns replace gamma: 1 + 0.25 * 4 = 2
+    # The discounts of n-step returns replace gamma: 1 + 0.25 * 4.5 = 2.125
     discounted = BATCH._replace(discounts=th.full((2, 1), 0.25))
-    assert model._critic_loss(discounted).item() == pytest.approx(((1.5**2 + 2.5**2) / 2 + (1 + 1) / 2) / scale**2)
+    assert model._critic_loss(discounted).item() == pytest.approx(((1.625**2 + 2.5**2) / 2 + (0.875**2 + 1) / 2) / scale**2)
 
 
 @pytest.mark.parametrize("pessimism, next_value", [(0.0, 6.0), (0.25, 5.0), (1.0, 2.0)])

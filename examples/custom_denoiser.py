@@ -38,7 +38,7 @@ class FactorisedDenoiser(Denoiser):
 
 def main(steps=4000, path="custom_denoiser.png"):
     policy_kwargs = dict(denoiser_class=FactorisedDenoiser, net_arch=dict(pi=[64, 64], qf=[256, 256]))
-    model = QSM("MlpPolicy", "Pendulum-v1", learning_rate=1e-3, policy_kwargs=policy_kwargs, seed=0)
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, seed=0)
     model.learn(steps, progress_bar=True)
     returns = model.get_env().envs[0].get_episode_rewards()
     figure, panel = plt.subplots(figsize=(5, 3.5), layout="constrained")

@@ -20,7 +20,7 @@ from sb3_qsm import QSM
 def main(steps=5000, path="pendulum.png"):
     evaluation_env = Monitor(gym.make("Pendulum-v1"))
     callback = EvalCallback(evaluation_env, eval_freq=max(steps // 8, 1), log_path="logs/pendulum", verbose=0)
-    model = QSM("MlpPolicy", "Pendulum-v1", learning_rate=1e-3, seed=0)  # the rate of rl-zoo's entries for this task
+    model = QSM("MlpPolicy", "Pendulum-v1", seed=0)
     model.learn(steps, callback=callback, progress_bar=True)
 
     model.save("pendulum_qsm")

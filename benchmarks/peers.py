@@ -57,7 +57,7 @@ class Peer(QSM):
         schedule = self.actor.noise_schedule
         t = th.randint(schedule.n_steps, (len(actions),), device=self.device)
         noisy_actions = schedule.add_noise(actions, th.randn_like(actions), t)
-        error = (self.actor.denoise(observations, noisy_actions, t) - actions) / self.actor.c_out[t, None]
+        error = (self.online_actor.denoise(observations, noisy_actions, t) - actions) / self.actor.c_out[t, None]
         return (weights * error**2).mean()
 
 
@@ -67,9 +67,8 @@ class DiffusionQL(Peer):
     arXiv:2208.06193). The method was published for offline data; learning while the buffer grows is our adaptation.
 
     Kept, from the authors' code: denoising loss on replay actions + eta * (-Q_i / mean |Q_j|) at sampled actions, (i, j) the
-    two critics in random order; T = 5, VP schedule, noise prediction (in the hyperparameters). Dropped: the averaged actor in
-    the TD target, the choice among 50 candidates by softmax(Q) when acting, clipped gradients, decay of the learning rate,
-    max-Q backup.
+    two critics in random order; T = 5, VP schedule, noise prediction (in the hyperparameters). Dropped: the choice
+    among 50 candidates by softmax(Q) when acting, clipped gradients, decay of the learning rate, max-Q backup.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -87,7 +86,7 @@ class DiffusionQL(Peer):
         :return: loss, shape ()
         """
         observations = replay_data.observations
-        q_values = self._q_values(observations, self.actor(observations))
+        q_values = self._q_values(observations, self.online_actor(observations))
         climbed, scale = q_values.T[th.randperm(q_values.shape[1])[[0, -1]]]
         q_loss = -climbed.mean() / scale.detach().abs().mean()
         denoising_loss = self._denoising_loss(observations, replay_data.actions)
@@ -115,8 +114,8 @@ class DIPO(Peer):
 
     Kept, from the authors' code: a second copy of the stored actions, which the improved ones replace, so that they go on from
     there the next time they are drawn; 20 steps of Adam at 0.03 on the smaller critic, clipped to the box; a batch of its own;
-    cosine schedule, noise prediction. Dropped: the slow copy of the actor in the TD target, clipped gradients of networks and
-    actions. The hyperparameters have T = 20, not 100, for a CPU's sake.
+    cosine schedule, noise prediction. Dropped: clipped gradients of networks and actions.
+    The hyperparameters have T = 20, not 100, for a CPU's sake.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -169,9 +168,9 @@ class QVPO(Peer):
 
     Kept, from the authors' code: of N samples the one with the highest Q (smaller critic), with the weight (Q - V)+, V their
     mean; ten uniform actions for each, with ``entropy_coef`` times its weight; cosine schedule, noise prediction. Dropped: the
-    best of 4 samples when acting and in the TD target and of 32 in evaluation, the slow copy of the actor in the TD target,
-    clipped gradients, the decay of ``entropy_coef``, a learning rate of 1e-4 for the actor. The hyperparameters have N = 8
-    and T = 10, not 64 and 20, for a CPU's sake.
+    best of 4 samples when acting and in the TD target and of 32 in evaluation, clipped gradients, the decay of
+    ``entropy_coef``, a learning rate of 1e-4 for the actor. The hyperparameters have N = 8 and T = 10, not 64 and 20, for a
+    CPU's sake.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -193,7 +192,7 @@ class QVPO(Peer):
         observations, n_uniform = replay_data.observations, 10
         with th.no_grad():
             many = observations.repeat(self.n_samples, 1)
-            samples = self.actor(many)
+            samples = self.online_actor(many)
             q_values = self._q_values(many, samples).min(dim=1).values
         actions, weights = best_of(samples.unflatten(0, (self.n_samples, -1)), q_values.unflatten(0, (self.n_samples, -1)))
         uniform = 2 * th.rand(n_uniform * len(actions), actions.shape[1], device=self.device) - 1
@@ -294,7 +293,7 @@ class DACERStyle(Peer):
 
         def denoise(x_t: th.Tensor, t: int) -> th.Tensor:
             levels = th.full((len(x_t),), t, device=self.device)
-            return InwardClamp.apply(self.actor.denoise(observations, x_t, levels))
+            return InwardClamp.apply(self.online_actor.denoise(observations, x_t, levels))
 
         schedule = self.actor.noise_schedule
         shape = (2 + schedule.n_steps, len(observations), get_action_dim(self.action_space))

@@ -1,5 +1,5 @@
 """
-The diffusion policy in SB3's form: a denoising actor, twin critics and their targets.
+The diffusion policy in SB3's form: a denoising actor that learns, its slow copy that acts, twin critics and their targets.
 
 Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actions are in [-1, 1].
 """
@@ -243,7 +243,7 @@ class ScaledCritic(ContinuousCritic):
 
 class DiffusionPolicy(BasePolicy):
     """
-    Policy class (with both actor and critic) for QSM.
+    Policy class (with both actor and critic) for QSM: ``online_actor`` learns, ``actor``, a running mean of its weights, acts.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -264,8 +264,10 @@ class DiffusionPolicy(BasePolicy):
     """
 
     actor: DiffusionActor
+    online_actor: DiffusionActor
     critic: ScaledCritic
     critic_target: ScaledCritic
+    exploring = False  # whether the actor that learns acts
 
     def __init__(
         self,
@@ -316,19 +318,22 @@ class DiffusionPolicy(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.actor = self.make_actor()
-        share = self.critic_kwargs["share_features_extractor"]
-        self.critic = self.make_critic(self.actor.features_extractor if share else None)
+        self.online_actor = self.make_actor()
+        shared = self.online_actor.features_extractor if self.critic_kwargs["share_features_extractor"] else None
+        self.actor = self.make_actor(shared)
+        self.critic = self.make_critic(shared)
         self.critic_target = self.make_critic()
-        self.critic_target.load_state_dict(self.critic.state_dict())
-        self.critic_target.set_training_mode(False)
+        for network, slow_copy in ((self.online_actor, self.actor), (self.critic, self.critic_target)):
+            slow_copy.load_state_dict(network.state_dict())
+            slow_copy.set_training_mode(False)
 
         # A shared features extractor learns from the actor's loss only
         critic_parameters = [
-            parameter for name, parameter in self.critic.named_parameters() if not (share and "features_extractor" in name)
+            parameter for name, parameter in self.critic.named_parameters() if not (shared and "features_extractor" in name)
         ]
         learning_rate = lr_schedule(1)
-        self.actor.optimizer = self.optimizer_class(self.actor.parameters(), lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+        actor_parameters = self.online_actor.parameters()
+        self.online_actor.optimizer = self.optimizer_class(actor_parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
         self.critic.optimizer = self.optimizer_class(critic_parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -358,16 +363,17 @@ class DiffusionPolicy(BasePolicy):
         return self._predict(obs, deterministic=deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.actor(observation, deterministic)
+        return (self.online_actor if self.exploring else self.actor)(observation, deterministic)
 
     def set_training_mode(self, mode: bool) -> None:
         """
-        Put the policy in either training or evaluation mode; the target critic always stays in evaluation mode.
+        Put the policy in either training or evaluation mode; the slow copies always stay in evaluation mode.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        if not self.training == self.actor.training == self.critic.training == mode:  # a walk over all modules at each predict
-            self.actor.set_training_mode(mode)
+        networks = self.online_actor, self.critic
+        if any(network.training != mode for network in (self, *networks)):  # a walk over all modules at each predict
+            self.online_actor.set_training_mode(mode)
             self.critic.set_training_mode(mode)
             self.training = mode
 

@@ -19,7 +19,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
-from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -42,6 +41,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "gradient_steps": (Integral, -1, math.inf),
     "n_steps": (Integral, 1, math.inf),
     "policy_delay": (Integral, 1, math.inf),
+    "actor_tau": (Real, 0, 1),
     "target_update_interval": (Integral, 1, math.inf),
     "target_policy_noise": (Real, 0, sys.float_info.max),
     "pessimism": (Real, 0, 1),
@@ -83,6 +83,8 @@ class QSM(OffPolicyAlgorithm):
     :param n_steps: number of steps of the return before the bootstrap, as in SB3 (not for dictionary observations). By default
         three, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
+    :param actor_tau: the soft update coefficient of the actor that :meth:`predict` uses, a running mean of the one that learns
+        and explores, at each update of the actor (larger at first); at 1 they are the same
     :param value_scale: unit of the critics' networks, a positive number, or ``"auto"`` for the root mean square of
         the rewards so far, so that learning does not depend on their scale
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number (the inverse of the paper's M_q),
@@ -112,6 +114,7 @@ class QSM(OffPolicyAlgorithm):
     }
     policy: DiffusionPolicy
     actor: DiffusionActor
+    online_actor: DiffusionActor
     critic: ScaledCritic
     critic_target: ScaledCritic
     temperature: Temperature
@@ -135,6 +138,7 @@ class QSM(OffPolicyAlgorithm):
         optimize_memory_usage: bool = False,
         n_steps: int | None = None,
         policy_delay: int = 2,
+        actor_tau: float = 0.002,
         value_scale: str | float = "auto",
         ent_coef: str | float = "auto",
         target_update_interval: int = 1,
@@ -178,6 +182,7 @@ class QSM(OffPolicyAlgorithm):
             support_multi_env=True,
         )
         self.policy_delay = policy_delay
+        self.actor_tau = actor_tau
         self.value_scale = value_scale
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
@@ -206,9 +211,8 @@ class QSM(OffPolicyAlgorithm):
         self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
         if self.train_freq.frequency < 1:  # type: ignore[union-attr]
             raise ValueError(f"train_freq must be at least 1, got {self.train_freq!r}")
-        self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
-        self.batch_norm_stats = get_parameters_by_name(self.critic, ["running_"])
-        self.batch_norm_stats_target = get_parameters_by_name(self.critic_target, ["running_"])
+        self.actor, self.online_actor = self.policy.actor, self.policy.online_actor
+        self.critic, self.critic_target = self.policy.critic, self.policy.critic_target
         self._metrics: list[tuple[str, th.Tensor]] = []
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
 
@@ -238,28 +242,24 @@ class QSM(OffPolicyAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         self.policy.set_training_mode(True)
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        self._update_learning_rate([self.online_actor.optimizer, self.critic.optimizer])
         decay = 0.5 * (1 + math.cos(math.pi * min(1, self._n_updates / self.actor_lr_decay_updates)))
-        for group in self.actor.optimizer.param_groups:
+        for group in self.online_actor.optimizer.param_groups:
             group["lr"] *= decay
         self._set_value_scale()
-
-        # polyak_update, for all parameters at once: a fifth of its time
-        move_target = get_ema_multi_avg_fn(1 - self.tau)
-        critic, critic_target = list(self.critic.parameters()), list(self.critic_target.parameters())
 
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)  # type: ignore[union-attr]
 
             self._optimize("critic_loss", self._critic_loss(replay_data), self.critic.optimizer)
             if self._n_updates % self.policy_delay == 0:
-                self._optimize("actor_loss", self._actor_loss(replay_data), self.actor.optimizer)
+                self._optimize("actor_loss", self._actor_loss(replay_data), self.online_actor.optimizer)
+                n_updates = self._n_updates // self.policy_delay
+                move_slow_copy(self.actor, self.online_actor, max(self.actor_tau, 9 / (10 + n_updates)))
 
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
-                move_target(critic_target, critic, self._n_updates)
-                # Copy running stats last, dQ/da moves them; see SB3 issue #996
-                polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+                move_slow_copy(self.critic_target, self.critic, self.tau)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/value_scale", self.critic.scale.item())
         self._log_metrics()
@@ -319,7 +319,7 @@ class QSM(OffPolicyAlgorithm):
         """
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         with th.no_grad():
-            next_actions = self.actor(replay_data.next_observations)
+            next_actions = self.online_actor(replay_data.next_observations)
             noise = self.target_policy_noise * th.randn_like(next_actions)
             next_actions = (next_actions + noise).clamp(-1, 1)
             next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
@@ -346,7 +346,7 @@ class QSM(OffPolicyAlgorithm):
             return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
 
         ent_coef = self.temperature.value()
-        denoised = self.actor.denoise(observations, noisy_actions, t)
+        denoised = self.online_actor.denoise(observations, noisy_actions, t)
         target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions, alpha, sigma, ent_coef)
 
         entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
@@ -355,6 +355,16 @@ class QSM(OffPolicyAlgorithm):
         self._record("ent_coef_loss", self.temperature.update(entropy))
         self._record("q_grad", q_grad.abs().mean())
         return score_matching_loss(denoised, target, self.actor.c_out[t, None])
+
+    def _sample_action(self, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Explore with the actor that learns, not with its running mean.
+        """
+        self.policy.exploring = True
+        try:
+            return super()._sample_action(*args, **kwargs)
+        finally:
+            self.policy.exploring = False
 
     def _store_transition(
         self,
@@ -466,11 +476,25 @@ class QSM(OffPolicyAlgorithm):
         super().save(path, exclude, include)
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "critic", "critic_target", "_score_target", "_metrics", "_resumed"]
+        own = ["actor", "online_actor", "critic", "critic_target", "_score_target", "_metrics", "_resumed"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer", "temperature"], []
+        return ["policy", "online_actor.optimizer", "critic.optimizer", "temperature"], []
+
+
+@th.no_grad()
+def move_slow_copy(slow_copy: th.nn.Module, network: th.nn.Module, tau: float) -> None:
+    """
+    SB3's ``polyak_update``, for all parameters at once (a fifth of its time), and a copy of the batch norms' statistics.
+
+    :param slow_copy: network to change
+    :param network: network of the same kind
+    :param tau: share of the way to ``network``
+    """
+    get_ema_multi_avg_fn(1 - tau)(list(slow_copy.parameters()), list(network.parameters()), 0)
+    for slow_buffer, buffer in zip(slow_copy.buffers(), network.buffers(), strict=True):
+        slow_buffer.copy_(buffer)
 
 
 def check_finite(name: str, value: Any, num_timesteps: int) -> None:

@@ -28,6 +28,7 @@ BAD_NUMBERS = {
     "gradient_steps": ([-2, 0.5, None], "integral and within [-1, inf]"),
     "n_steps": ([0, 1.0], "integral and within [1, inf]"),
     "policy_delay": ([0, 1.5], "integral and within [1, inf]"),
+    "actor_tau": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "target_update_interval": ([0, 1.5], "integral and within [1, inf]"),
     "target_policy_noise": ([-0.1, math.nan, math.inf, None], f"real and within [0, {sys.float_info.max}]"),
     "pessimism": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
@@ -242,7 +243,7 @@ def trained(**kwargs):
     return QSM("MlpPolicy", "Pendulum-v1", **SMALL | kwargs).learn(15)
 
 
-@pytest.mark.parametrize("part", ["actor", "critic", "critic_target"])
+@pytest.mark.parametrize("part", ["online_actor", "critic", "critic_target"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_weight_stops_training(part, value):
     """Nothing changes but what was broken."""
@@ -260,10 +261,10 @@ def test_broken_weight_stops_training(part, value):
 def test_overflowing_target_stops_training():
     """At a temperature of next to nothing the published target overflows: the actor never sees it."""
     model = QSM("MlpPolicy", "Pendulum-v1", ent_coef=1e-44, score_target="published", **SMALL)
-    before = [parameter.clone() for parameter in model.actor.parameters()]
+    before = [parameter.clone() for parameter in model.online_actor.parameters()]
     with pytest.raises(ValueError, match=r"(actor_loss|entropy) must be finite, got (nan|inf) after 11 steps"):
         model.learn(20)
-    assert all(th.equal(old, new) for old, new in zip(before, model.actor.parameters(), strict=True))
+    assert all(th.equal(old, new) for old, new in zip(before, model.online_actor.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -37,19 +37,20 @@ def authors_weights(when: str, target_prefix: str) -> dict[str, th.Tensor]:
     :param target_prefix: what the record calls the target critics; before the update they equal the critics
     :return: the record's parameters under our names; kernels of flax are (in, out)
     """
-    names = {
-        "actor.denoiser.time_net.1": "score_model/MLP_0/Dense_0",
-        "actor.denoiser.time_net.3": "score_model/MLP_0/Dense_1",
-        "actor.denoiser.input_layer": "score_model/MLP_1/Dense_0",
-        "actor.denoiser.layers.1": "score_model/MLP_1/Dense_1",
-        "actor.denoiser.layers.3": "score_model/MLP_1/Dense_2",
-    }
+    names = {}
+    for ours in ("actor.denoiser", "online_actor.denoiser"):
+        names[f"{ours}.time_net.1"] = "score_model/MLP_0/Dense_0"
+        names[f"{ours}.time_net.3"] = "score_model/MLP_0/Dense_1"
+        names[f"{ours}.input_layer"] = "score_model/MLP_1/Dense_0"
+        names[f"{ours}.layers.1"] = "score_model/MLP_1/Dense_1"
+        names[f"{ours}.layers.3"] = "score_model/MLP_1/Dense_2"
     for ours, prefix in [("critic", ""), ("critic_target", target_prefix)]:
         for i in (0, 1):
             names[f"{ours}.qf{i}.0"] = f"{prefix}critic_{i + 1}/MLP_0/Dense_0"
             names[f"{ours}.qf{i}.2"] = f"{prefix}critic_{i + 1}/MLP_0/Dense_1"
             names[f"{ours}.qf{i}.4"] = f"{prefix}critic_{i + 1}/Dense_0"
-    weights = {"actor.denoiser.time_net.0.frequencies": tensor(f"{when}/score_model/FourierFeatures_0/kernel")[:, 0]}
+    frequencies = tensor(f"{when}/score_model/FourierFeatures_0/kernel")[:, 0]
+    weights = {f"{ours}.denoiser.time_net.0.frequencies": frequencies for ours in ("actor", "online_actor")}
     for ours, theirs in names.items():
         weights[f"{ours}.weight"] = tensor(f"{when}/{theirs}/kernel").T
         weights[f"{ours}.bias"] = tensor(f"{when}/{theirs}/bias")
@@ -67,6 +68,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
         "value_scale",
         "score_target",
         "policy_delay",
+        "actor_tau",
         "target_policy_noise",
         "pessimism",
         "actor_lr_decay_updates",

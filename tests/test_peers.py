@@ -21,7 +21,15 @@ PEERS = {
 
 def bandit_model(cls, n_steps=300, **kwargs):
     """On a bandit with one optimum, with ``n_steps`` random actions in the buffer and nothing learnt yet."""
-    settings = dict(learning_rate=2e-3, learning_starts=n_steps, buffer_size=5000, seed=0, device="cpu", policy_kwargs=SMALL)
+    settings = dict(
+        learning_rate=2e-3,
+        actor_tau=1.0,
+        learning_starts=n_steps,
+        buffer_size=5000,
+        seed=0,
+        device="cpu",
+        policy_kwargs=SMALL,
+    )
     return cls("MlpPolicy", Bandit([OPTIMUM]), **{**settings, **PEERS[cls], **kwargs}).learn(n_steps)
 
 
@@ -83,13 +91,13 @@ def test_diffusion_ql_climbs_q_through_the_chain():
     noise = th.randn(4, 64, 2)
 
     def value():
-        return (model.actor.sample(observations, noise) * slope).sum(dim=1).mean().item()
+        return (model.online_actor.sample(observations, noise) * slope).sum(dim=1).mean().item()
 
     before = value()
     for _ in range(20):
-        model.actor.optimizer.zero_grad()
+        model.online_actor.optimizer.zero_grad()
         model._actor_loss(batch(model)).backward()
-        model.actor.optimizer.step()
+        model.online_actor.optimizer.step()
     assert value() > before + 0.1
 
 
@@ -101,7 +109,7 @@ def test_diffusion_ql_is_blind_to_the_scale_of_q():
         th.manual_seed(0)
         np.random.seed(0)
         model._actor_loss(batch(model, 16)).backward()
-        gradients.append(th.cat([weight.grad.flatten() for weight in model.actor.parameters()]))
+        gradients.append(th.cat([weight.grad.flatten() for weight in model.online_actor.parameters()]))
     th.testing.assert_close(*gradients)
 
 
@@ -116,7 +124,7 @@ def test_diffusion_ql_without_q_is_denoising():
 
 def test_denoising_loss_is_that_of_the_noise():
     model = bandit_model(DiffusionQL, 50)
-    data, schedule = batch(model, 16), model.actor.noise_schedule
+    data, schedule = batch(model, 16), model.online_actor.noise_schedule
     th.manual_seed(0)
     loss = model._denoising_loss(data.observations, data.actions)
     th.manual_seed(0)
@@ -124,7 +132,7 @@ def test_denoising_loss_is_that_of_the_noise():
     noise = th.randn_like(data.actions)
     noisy_actions = schedule.add_noise(data.actions, noise, t)
     alpha, sigma = schedule.alpha[t, None], schedule.sigma[t, None]
-    predicted_noise = (noisy_actions - alpha * model.actor.denoise(data.observations, noisy_actions, t)) / sigma
+    predicted_noise = (noisy_actions - alpha * model.online_actor.denoise(data.observations, noisy_actions, t)) / sigma
     assert loss.item() == pytest.approx(((predicted_noise - noise) ** 2).mean().item(), rel=1e-4)
 
 
@@ -216,7 +224,7 @@ def test_dacer_target_entropy_is_its_authors():
 def test_dacer_entropy_of_known_policies():
     model = bandit_model(DACERStyle, 1, noise_scale=0.0)
     observations = th.zeros(20, 1)
-    model.actor.sample = None  # not used: the chain is the model's own
+    model.online_actor.sample = None  # not used: the chain is the model's own
     for std in (0.05, 0.2):
         model._noisy_sample = lambda it, std=std: std * th.randn(len(it), 2)
         expected = 2 * np.log(std * np.sqrt(2 * np.pi * np.e))
@@ -227,7 +235,7 @@ def test_dacer_entropy_of_known_policies():
 
 def test_dacer_acts_with_noise_that_follows_its_temperature():
     model = bandit_model(DACERStyle, 20)
-    model.policy.actor.forward = lambda obs, deterministic=False: th.zeros(len(obs), 2)
+    model.online_actor.forward = lambda obs, deterministic=False: th.zeros(len(obs), 2)
     spreads = []
     for log_alpha in (0.0, np.log(3)):
         model.temperature.log_ent_coef.data.fill_(log_alpha)

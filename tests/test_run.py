@@ -44,7 +44,7 @@ def vector(module):
 def run(*args, total_timesteps=30, **kwargs):
     """Train a small model: actor and critics move, and every weight stays finite."""
     model = build(*args, **kwargs)
-    modules = [model.actor.denoiser, model.critic, model.critic_target]
+    modules = [model.online_actor.denoiser, model.actor.denoiser, model.critic, model.critic_target]
     before = [vector(module) for module in modules]
     model.learn(total_timesteps)
     assert all(not th.equal(old, vector(module)) for old, module in zip(before, modules, strict=True))
@@ -212,7 +212,7 @@ def test_vec_normalize_and_custom_buffer():
 
 
 def rates(model):
-    return [model.policy.actor.optimizer.param_groups[0]["lr"], model.policy.critic.optimizer.param_groups[0]["lr"]]
+    return [model.policy.online_actor.optimizer.param_groups[0]["lr"], model.policy.critic.optimizer.param_groups[0]["lr"]]
 
 
 def test_learning_rate_schedule():
@@ -240,7 +240,7 @@ def test_share_features_extractor(share):
     env = SimpleMultiObsEnv(random_start=True, discrete_actions=False, channel_last=False)
     extractor = dict(features_extractor_kwargs=dict(cnn_output_dim=16), share_features_extractor=share)
     model = run("MultiInputPolicy", env, total_timesteps=25, policy_kwargs=extractor)
-    actor, critic = model.actor.features_extractor, model.critic.features_extractor
+    actor, critic = model.online_actor.features_extractor, model.critic.features_extractor
     assert (actor is critic) == share
     assert model.critic_target.features_extractor is not critic
     trained = {id(parameter) for group in model.critic.optimizer.param_groups for parameter in group["params"]}
@@ -266,7 +266,7 @@ def test_n_critics(n_critics):
 )
 def test_optimizers(policy_kwargs):
     model = run(policy_kwargs=policy_kwargs)
-    for optimizer in (model.actor.optimizer, model.critic.optimizer):
+    for optimizer in (model.online_actor.optimizer, model.critic.optimizer):
         assert type(optimizer) is policy_kwargs.get("optimizer_class", th.optim.Adam)
         assert policy_kwargs.get("optimizer_kwargs", {}).items() <= optimizer.param_groups[0].items()
 
@@ -332,28 +332,57 @@ class BatchNormExtractor(FlattenExtractor):
 
 
 def test_batch_norm_statistics_reach_the_target():
-    model = run(policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
-    online, target = (critic.features_extractor.norm for critic in (model.critic, model.critic_target))
-    assert online.running_mean.abs().max() > 0
-    # The actor's loss, which comes after the critic's, moves the statistics again: the copy must come last
-    assert th.equal(online.running_mean, target.running_mean) and th.equal(online.running_var, target.running_var)
+    model = run(policy_delay=1, policy_kwargs=dict(features_extractor_class=BatchNormExtractor))
+    for network, slow_copy in ((model.critic, model.critic_target), (model.online_actor, model.actor)):
+        online, slow = (module.features_extractor.norm for module in (network, slow_copy))
+        assert online.running_mean.abs().max() > 0
+        # The actor's loss, which comes after the critic's, moves the statistics again: the copy must come last
+        assert th.equal(online.running_mean, slow.running_mean) and th.equal(online.running_var, slow.running_var)
 
 
 def test_modes():
     policy = build().policy
     policy.set_training_mode(True)
-    assert policy.training and policy.actor.training and policy.critic.training and not policy.critic_target.training
+    assert policy.training and policy.online_actor.training and policy.critic.training
+    assert not policy.actor.training and not policy.critic_target.training
     policy.set_training_mode(False)
-    assert not (policy.training or policy.actor.training or policy.critic.training or policy.critic_target.training)
-    policy.actor.train()  # behind its back
+    assert not any(module.training for module in policy.modules())
+    policy.online_actor.train()  # behind its back
     policy.set_training_mode(False)
-    assert not policy.actor.training
+    assert not policy.online_actor.training
 
 
 @pytest.mark.parametrize("interval, n_updates, moved", [(1, 1, True), (3, 2, False), (3, 3, True)])
 def test_target_update_interval(interval, n_updates, moved):
     model = build(tau=1.0, target_update_interval=interval).learn(20 + n_updates)
     assert th.equal(vector(model.critic), vector(model.critic_target)) == moved
+
+
+@pytest.mark.parametrize("n_updates", [1, 2])
+def test_actor_follows_the_one_that_learns(n_updates):
+    """At the first update of the actor, of which there is one in the first two of the critics, 9/10 of the way."""
+    model = build(actor_tau=0.25)
+    before = vector(model.actor)
+    assert th.equal(before, vector(model.online_actor))
+    model.learn(20 + n_updates)
+    learnt = vector(model.online_actor)
+    assert not th.equal(before, learnt)
+    th.testing.assert_close(vector(model.actor), 0.1 * before + 0.9 * learnt)
+    # Later a quarter
+    model._n_updates = 100 * model.policy_delay
+    before = vector(model.actor)
+    model.train(1, 8)
+    th.testing.assert_close(vector(model.actor), 0.75 * before + 0.25 * vector(model.online_actor))
+
+
+def test_the_actor_that_learns_explores():
+    model = build(learning_starts=0)
+    model.actor.forward, model.online_actor.forward = (
+        lambda obs, deterministic=False, value=value: th.full((len(obs), 1), value) for value in (0.25, -0.5)
+    )
+    model.learn(5)
+    assert (model.replay_buffer.actions[:5] == -0.5).all()
+    assert model.predict(np.zeros(3))[0] == pytest.approx(2 * 0.25)  # the pendulum's torque
 
 
 @pytest.mark.parametrize("delay, n_updates, n_actor_updates", [(1, 3, 3), (2, 1, 1), (2, 2, 1), (2, 3, 2), (3, 7, 3)])
@@ -363,7 +392,7 @@ def test_policy_delay(delay, n_updates, n_actor_updates):
     moved = []
     model.temperature.update = lambda entropy: moved.append(entropy) or entropy
     model.learn(20 + n_updates)
-    steps = [int(o.state_dict()["state"][0]["step"]) for o in (model.critic.optimizer, model.actor.optimizer)]
+    steps = [int(o.state_dict()["state"][0]["step"]) for o in (model.critic.optimizer, model.online_actor.optimizer)]
     assert [*steps, len(moved)] == [n_updates, n_actor_updates, n_actor_updates]
 
 
@@ -470,7 +499,7 @@ def test_actor_loss_by_hand(score_target):
     model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5, score_target=score_target)
     model.set_logger(Logger(None, []))
     set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
-    for parameter in model.actor.denoiser.parameters():
+    for parameter in model.online_actor.denoiser.parameters():
         parameter.data.zero_()
     batch = ReplayBufferSamples(*(value[:1].expand(50_000, -1) for value in BATCH[:5]))
     loss = model._actor_loss(batch).item()

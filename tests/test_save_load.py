@@ -90,10 +90,12 @@ def test_save_load(model, tmp_path, kind):
     assert_same_state(model.get_parameters(), loaded.get_parameters())
     assert loaded.policy.diffusion_kwargs == model.policy.diffusion_kwargs
     assert loaded._n_updates == 30 and loaded.num_timesteps == 40
-    before = loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item()
+    before = loaded.get_parameters()["online_actor.optimizer"]["state"][0]["step"].item()
     loaded.learn(20, reset_num_timesteps=False)
     assert loaded.num_timesteps == 60 and loaded._n_updates > 30
-    assert loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
+    assert (
+        loaded.get_parameters()["online_actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
+    )
 
 
 def test_loaded_model_learns_alike(model, tmp_path):
@@ -176,7 +178,7 @@ def test_other_policies(policy, env, share, tmp_path):
     assert_same(expected, predictions(QSM.load(tmp_path / "model", device="cpu"), obs))
     loaded = type(model.policy).load(tmp_path / "policy", device="cpu")
     assert_same(expected, predictions(loaded, obs))
-    assert (loaded.actor.features_extractor is loaded.critic.features_extractor) == share
+    assert (loaded.online_actor.features_extractor is loaded.critic.features_extractor) == share
 
 
 def test_replay_buffer(model, tmp_path):
@@ -192,8 +194,8 @@ def test_file_is_small_and_readable(model, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         names = set(archive.namelist())
         data = json.loads(archive.read("data"))
-    assert {"policy.pth", "actor.optimizer.pth", "critic.optimizer.pth", "temperature.pth"} <= names
-    assert not {"actor", "critic", "critic_target", "temperature", "_score_target"} & set(data)
+    assert {"policy.pth", "online_actor.optimizer.pth", "critic.optimizer.pth", "temperature.pth"} <= names
+    assert not {"actor", "online_actor", "critic", "critic_target", "temperature", "_score_target"} & set(data)
     assert data["ent_coef"] == "auto_0.5" and data["score_target"] == "box"
     assert data["actor_lr_decay_updates"] == math.inf
 

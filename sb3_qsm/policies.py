@@ -329,12 +329,12 @@ class DiffusionPolicy(BasePolicy):
 
         # A shared features extractor learns from the actor's loss only
         critic_parameters = [
-            parameter for name, parameter in self.critic.named_parameters() if not (shared and "features_extractor" in name)
+            parameter
+            for name, parameter in self.critic.named_parameters()
+            if shared is None or "features_extractor" not in name
         ]
-        learning_rate = lr_schedule(1)
-        actor_parameters = self.online_actor.parameters()
-        self.online_actor.optimizer = self.optimizer_class(actor_parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
-        self.critic.optimizer = self.optimizer_class(critic_parameters, lr=learning_rate, **self.optimizer_kwargs)  # type: ignore[call-arg]
+        for network, parameters in ((self.online_actor, self.online_actor.parameters()), (self.critic, critic_parameters)):
+            network.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

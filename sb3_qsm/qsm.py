@@ -254,8 +254,9 @@ class QSM(OffPolicyAlgorithm):
             self._optimize("critic_loss", self._critic_loss(replay_data), self.critic.optimizer)
             if self._n_updates % self.policy_delay == 0:
                 self._optimize("actor_loss", self._actor_loss(replay_data), self.online_actor.optimizer)
-                n_updates = self._n_updates // self.policy_delay
-                move_slow_copy(self.actor, self.online_actor, max(self.actor_tau, 9 / (10 + n_updates)))
+                # Larger steps at first, as in TensorFlow's moving averages: the mean of a short run is not to be its start
+                n_actor_updates = self._n_updates // self.policy_delay
+                move_slow_copy(self.actor, self.online_actor, max(self.actor_tau, 9 / (10 + n_actor_updates)))
 
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:

@@ -67,8 +67,9 @@ class DiffusionQL(Peer):
     arXiv:2208.06193). The method was published for offline data; learning while the buffer grows is our adaptation.
 
     Kept, from the authors' code: denoising loss on replay actions + eta * (-Q_i / mean |Q_j|) at sampled actions, (i, j) the
-    two critics in random order; T = 5, VP schedule, noise prediction (in the hyperparameters). Dropped: the choice
-    among 50 candidates by softmax(Q) when acting, clipped gradients, decay of the learning rate, max-Q backup.
+    two critics in random order; T = 5, VP schedule, noise prediction (in the hyperparameters). Dropped: the averaged actor in
+    the TD target, the choice among 50 candidates by softmax(Q) when acting, clipped gradients, decay of the learning rate,
+    max-Q backup.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -114,8 +115,8 @@ class DIPO(Peer):
 
     Kept, from the authors' code: a second copy of the stored actions, which the improved ones replace, so that they go on from
     there the next time they are drawn; 20 steps of Adam at 0.03 on the smaller critic, clipped to the box; a batch of its own;
-    cosine schedule, noise prediction. Dropped: clipped gradients of networks and actions.
-    The hyperparameters have T = 20, not 100, for a CPU's sake.
+    cosine schedule, noise prediction. Dropped: the slow copy of the actor in the TD target, clipped gradients of networks and
+    actions. The hyperparameters have T = 20, not 100, for a CPU's sake.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -168,9 +169,9 @@ class QVPO(Peer):
 
     Kept, from the authors' code: of N samples the one with the highest Q (smaller critic), with the weight (Q - V)+, V their
     mean; ten uniform actions for each, with ``entropy_coef`` times its weight; cosine schedule, noise prediction. Dropped: the
-    best of 4 samples when acting and in the TD target and of 32 in evaluation, clipped gradients, the decay of
-    ``entropy_coef``, a learning rate of 1e-4 for the actor. The hyperparameters have N = 8 and T = 10, not 64 and 20, for a
-    CPU's sake.
+    best of 4 samples when acting and in the TD target and of 32 in evaluation, the slow copy of the actor in the TD target,
+    clipped gradients, the decay of ``entropy_coef``, a learning rate of 1e-4 for the actor. The hyperparameters have N = 8
+    and T = 10, not 64 and 20, for a CPU's sake.
 
     :param policy: as for QSM
     :param env: as for QSM

@@ -371,8 +371,8 @@ class DiffusionPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        networks = self.online_actor, self.critic
-        if any(network.training != mode for network in (self, *networks)):  # a walk over all modules at each predict
+        # Otherwise a walk over all modules at each predict
+        if not self.training == self.online_actor.training == self.critic.training == mode:
             self.online_actor.set_training_mode(mode)
             self.critic.set_training_mode(mode)
             self.training = mode

@@ -62,17 +62,26 @@ class Still(gym.Env):
         return np.zeros(N_OBS, np.float32), 0.0, False, False, {}
 
 
-def make(algorithm: type[OffPolicyAlgorithm], n_envs: int = 1, action_dim: int = 6, **kwargs: Any) -> OffPolicyAlgorithm:
+def make(
+    algorithm: type[OffPolicyAlgorithm], device: str, n_envs: int = 1, action_dim: int = 6, **kwargs: Any
+) -> OffPolicyAlgorithm:
     """
     :param algorithm: class
+    :param device: "cpu" or "cuda"
     :param n_envs: number of environments
     :param action_dim: number of action dimensions
     :param kwargs: arguments of the algorithm
     :return: a model that has begun to train
     """
     env = make_vec_env(lambda: Still(action_dim), n_envs)
-    model = algorithm("MlpPolicy", env, buffer_size=20_000, learning_starts=0, device="cpu", seed=0, **kwargs)
+    model = algorithm("MlpPolicy", env, buffer_size=20_000, learning_starts=0, device=device, seed=0, **kwargs)
     return model.learn(2 * n_envs)
+
+
+def finish() -> None:
+    """Wait for what a GPU has still to do."""
+    if th.cuda.is_available():
+        th.cuda.synchronize()
 
 
 def milliseconds(work: Callable[[], Any], seconds: float) -> float:
@@ -82,10 +91,12 @@ def milliseconds(work: Callable[[], Any], seconds: float) -> float:
     :return: time of one call
     """
     work()
+    finish()
     start, n = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         work()
         n += 1
+    finish()
     return 1e3 * (time.perf_counter() - start) / n
 
 
@@ -100,19 +111,21 @@ def flops(work: Callable[[], Any]) -> int:
     return sum(event.flops for event in profiler.key_averages() if event.key in products)
 
 
-def matmul_rate(size: int = 256, seconds: float = 0.3) -> float:
+def matmul_rate(device: str, size: int = 256, seconds: float = 0.3) -> float:
     """
+    :param device: "cpu" or "cuda"
     :param size: rows and columns of both matrices
     :param seconds: how long to measure
     :return: floating-point operations per millisecond of a matrix product
     """
-    a, b = th.randn(size, size), th.randn(size, size)
+    a, b = th.randn(2, size, size, device=device)
     return 2 * size**3 / milliseconds(lambda: a @ b, seconds)
 
 
-def compare(what: dict[str, tuple[Callable[[], Any], int]], rounds: int, seconds: float) -> dict[str, Row]:
+def compare(what: dict[str, tuple[Callable[[], Any], int]], device: str, rounds: int, seconds: float) -> dict[str, Row]:
     """
     :param what: by name: what to time, and its floating-point operations
+    :param device: "cpu" or "cuda"
     :param rounds: number of rounds
     :param seconds: how long to repeat each in a round
     :return: by name: medians of the time in ms, its ratio to the first, and of its arithmetic floor in ms
@@ -120,7 +133,7 @@ def compare(what: dict[str, tuple[Callable[[], Any], int]], rounds: int, seconds
     times: dict[str, list[float]] = {name: [] for name in what}
     rates = []
     for _ in range(rounds):
-        rates.append(matmul_rate())
+        rates.append(matmul_rate(device))
         for name, (work, _) in what.items():
             times[name].append(milliseconds(work, seconds))
     first = np.array(next(iter(times.values())))
@@ -134,21 +147,24 @@ def compare(what: dict[str, tuple[Callable[[], Any], int]], rounds: int, seconds
     }
 
 
-def loop(rounds: int, seconds: float) -> Iterator[Row]:
+def loop(device: str, algorithms: list[str] | None, rounds: int, seconds: float) -> Iterator[Row]:
     """
+    :param device: "cpu" or "cuda"
+    :param algorithms: which, all by default; ratios are to the first
     :param rounds: number of rounds
     :param seconds: how long to repeat each measurement in a round
     :return: rows of the main table: HalfCheetah-v5, defaults of each
     """
     common: dict[str, Any] = dict(policy="MlpPolicy", env="HalfCheetah-v5", seed=0, buffer_size=50_000)
+    on: dict[str, Any] = dict(device=device, **common)
     makers: dict[str, Maker] = {
-        "sac": lambda: SAC(device="cpu", **common),
-        "td3": lambda: TD3(device="cpu", **common),
-        "qsm": lambda: QSM(device="cpu", **common),
-        "qsm, T = 10": lambda: QSM(device="cpu", policy_kwargs=dict(n_diffusion_steps=10), **common),
-        "qsm, compiled": lambda: QSM(device="cpu", policy_kwargs=dict(compile_sampling=True), **common),
-        "qsm, policy_delay = 1": lambda: QSM(device="cpu", policy_delay=1, **common),
-        "qsm, mlp denoiser": lambda: QSM(device="cpu", policy_kwargs=dict(denoiser_class="mlp"), **common),
+        "sac": lambda: SAC(**on),
+        "td3": lambda: TD3(**on),
+        "qsm": lambda: QSM(**on),
+        "qsm, T = 10": lambda: QSM(policy_kwargs=dict(n_diffusion_steps=10), **on),
+        "qsm, compiled": lambda: QSM(policy_kwargs=dict(compile_sampling=True), **on),
+        "qsm, policy_delay = 1": lambda: QSM(policy_delay=1, **on),
+        "qsm, mlp denoiser": lambda: QSM(policy_kwargs=dict(denoiser_class="mlp"), **on),
     }
     try:
         from sbx import SAC as SbxSAC
@@ -156,9 +172,9 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
         makers["sbx sac"] = lambda: SbxSAC(**common)
     except ImportError:
         pass  # an optional column
-    models = {name: maker().learn(300) for name, maker in makers.items()}
+    models = {name: maker().learn(300) for name, maker in makers.items() if name in (algorithms or makers)}
     of_torch = [name for name in models if name != "sbx sac"]
-    for threads in (1, 2):
+    for threads in (1, 2) if device == "cpu" else (1,):
         th.set_num_threads(threads)
         work: dict[str, dict[str, tuple[Callable[[], Any], int]]] = {
             "100 steps of learn()": {
@@ -176,25 +192,26 @@ def loop(rounds: int, seconds: float) -> Iterator[Row]:
                     name: (partial(model.predict, obs, deterministic=deterministic), 0) for name, model in models.items()
                 }
         for what, calls in work.items():
-            for name, row in compare(calls, rounds, seconds).items():
+            for name, row in compare(calls, device, rounds, seconds).items():
                 yield {"what": what, "threads": threads, "algorithm": name, **row}
     th.set_num_threads(1)
 
 
-def scaling(rounds: int, seconds: float) -> Iterator[Row]:
+def scaling(device: str, rounds: int, seconds: float) -> Iterator[Row]:
     """
+    :param device: "cpu" or "cuda"
     :param rounds: number of rounds
     :param seconds: how long to repeat each measurement in a round
     :return: rows of the scaling tables, with the slope: time added by one more unit
     """
 
     def update(batch: int = 256, **kwargs: Any) -> tuple[Callable[[], Any], int]:
-        model = make(QSM, **kwargs)
+        model = make(QSM, device, **kwargs)
         work = partial(model.train, 2, batch)  # two, since the actor is updated once per two
         return work, flops(work)
 
     def act(n_envs: int) -> tuple[Callable[[], Any], int]:
-        model = make(QSM)
+        model = make(QSM, device)
         obs = np.zeros((n_envs, N_OBS), np.float32)
         work = partial(model.predict, obs)
         return work, flops(work)
@@ -209,7 +226,7 @@ def scaling(rounds: int, seconds: float) -> Iterator[Row]:
     for what, entries in tables.items():
         calls = {str(n): entry for n, entry in entries.items()}
         before: tuple[int, float] | None = None
-        for n, row in compare(calls, rounds, seconds).items():
+        for n, row in compare(calls, device, rounds, seconds).items():
             slope = "" if before is None else (row["ms"] - before[1]) / (int(n) - before[0])
             before = (int(n), row["ms"])
             yield {"what": what, "n": int(n), **row, "ms per unit": row["ms"] / int(n), "slope ms": slope}
@@ -275,13 +292,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement in a round")
     parser.add_argument("--only", nargs="+", choices=["loop", "scaling", "memory"], default=["loop", "scaling", "memory"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of loop and scaling")
+    parser.add_argument("--algorithms", nargs="+", help="of loop, all by default; ratios are to the first")
     args = parser.parse_args()
     console = Console(width=140)
     th.set_num_threads(1)
+    suffix = "" if args.device == "cpu" else f"-{args.device}"
     if "loop" in args.only:
-        write("loop", list(loop(args.rounds, args.seconds)), console)
+        write("loop" + suffix, list(loop(args.device, args.algorithms, args.rounds, args.seconds)), console)
     if "scaling" in args.only:
-        write("scaling", list(scaling(args.rounds, args.seconds)), console)
+        write("scaling" + suffix, list(scaling(args.device, args.rounds, args.seconds)), console)
     if "memory" in args.only:
         sizes = {name: peak_memory(name, 1_000_000) for name in ("sac", "td3", "qsm")}
         rows = [{"algorithm": name, "peak MB": size, "ratio": size / sizes["sac"]} for name, size in sizes.items()]

@@ -124,7 +124,7 @@ class QSM(OffPolicyAlgorithm):
         self,
         policy: str | type[DiffusionPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | Schedule = 6e-4,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,

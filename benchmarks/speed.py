@@ -31,6 +31,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from benchmarks.cells import machine, peak_memory_mb, versions
+from benchmarks.suites import check_known
 from sb3_qsm import QSM
 
 Row = dict[str, Any]
@@ -172,6 +173,7 @@ def loop(device: str, algorithms: list[str] | None, rounds: int, seconds: float)
         makers["sbx sac"] = lambda: SbxSAC(**common)
     except ImportError:
         pass  # an optional column
+    check_known("algorithm", algorithms or [], makers)
     models = {name: maker().learn(300) for name, maker in makers.items() if name in (algorithms or makers)}
     of_torch = [name for name in models if name != "sbx sac"]
     for threads in (1, 2) if device == "cpu" else (1,):

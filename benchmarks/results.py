@@ -1,7 +1,6 @@
 """From folders of cells to numbers with intervals. The statistics are rliable's (Agarwal et al., 2021, arXiv:2108.13264)."""
 
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,14 +112,8 @@ def estimate(func: Callable[..., Any], *scores: np.ndarray) -> Estimate:
         value = np.squeeze(func(*scores))
         return Estimate(value, np.nan * value, np.nan * value)
     matrices = list(scores) if len(scores) > 1 else scores[0]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # rliable hands random_state on by a name that arch will drop
-        points, intervals = get_interval_estimates(
-            {"": matrices},
-            lambda *args: np.atleast_1d(func(*args)),
-            reps=N_RESAMPLES,
-            random_state=np.random.RandomState(0),
-        )
+    np.random.seed(0)  # rliable draws with NumPy's own generator, whatever its random_state
+    points, intervals = get_interval_estimates({"": matrices}, lambda *args: np.atleast_1d(func(*args)), reps=N_RESAMPLES)
     return Estimate(*(np.squeeze(values) for values in (points[""], *intervals[""])))
 
 

@@ -1,5 +1,5 @@
 """
-The replay buffer that SB3 lacks.
+The replay buffer that SB3 lacks, and returns that end where an episode is cut off.
 """
 
 from typing import Any
@@ -30,6 +30,16 @@ class NStepDictReplayBuffer(NStepReplayBuffer, DictReplayBuffer):  # type: ignor
         if isinstance(array, dict):
             return {key: self.to_torch(value, copy) for key, value in array.items()}
         return super().to_torch(array, copy)
+
+
+def cut_returns(buffer: NStepReplayBuffer) -> None:
+    """
+    No return over several steps may reach from the newest transitions into an episode that begins next.
+
+    :param buffer: replay buffer of environments that will be reset, not empty
+    """
+    newest = buffer.pos - 1
+    buffer.timeouts[newest] = np.maximum(buffer.timeouts[newest], 1 - buffer.dones[newest])
 
 
 class Rows(dict[Any, np.ndarray]):

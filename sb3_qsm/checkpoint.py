@@ -299,7 +299,7 @@ def rebuilt_attributes(model: OffPolicyAlgorithm) -> tuple[str, ...]:
     :param model: a model
     :return: names of the attributes that come from the constructor, or that checkpoints hold elsewhere
     """
-    return (*model._excluded_save_params(), *arguments_of(model), "_resumed")
+    return (*model._excluded_save_params(), *arguments_of(model))
 
 
 def resume_arguments(state: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -401,11 +401,8 @@ def restore_model(model: OffPolicyAlgorithm, checkpoint: Checkpoint) -> None:
         warnings.warn(
             f"the state of the environment cannot be restored ({opaque}): the run goes on with a new episode, not bit for bit"
         )
-        model._last_obs = None  # learn() resets the environment
-        end = model.replay_buffer.pos - 1
-        # No return over several steps may reach from the episode that was cut off into the new one
-        model.replay_buffer.timeouts[end] = 1 - model.replay_buffer.dones[end]
-        for callback in state["callbacks"].values():  # which makes the file of that transition out of date
+        model._last_obs = None  # learn() resets the environment, and cuts the returns that would reach over it
+        for callback in state["callbacks"].values():  # which makes the file of the last transition out of date
             callback["attributes"].pop("shards", None)
 
 

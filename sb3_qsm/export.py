@@ -22,8 +22,9 @@ from sb3_qsm.policies import CnnPolicy, DiffusionPolicy, MlpPolicy, MultiInputPo
 from sb3_qsm.qsm import QSM
 from sb3_qsm.state import describe, is_opaque, rebuild
 
-FORMAT = 1
+FORMAT = 2
 TOLERANCE = 1e-5
+POLICY_CLASSES: dict[str, type[DiffusionPolicy]] = {cls.__qualname__: cls for cls in (MlpPolicy, CnnPolicy, MultiInputPolicy)}
 
 
 class ExportedPolicy(nn.Module):
@@ -94,7 +95,10 @@ def exported_policy(model: QSM) -> ExportedPolicy:
     """
     :param model: trained model; its ``VecNormalize``, if it has one, goes along
     :return: a copy of its policy on the CPU, from raw observations to actions
+    :raises ValueError: if the model was trained with ``VecNormalize`` and loaded without it
     """
+    if model.env is None and model._last_original_obs is not None:  # which SB3 has for VecNormalize only
+        raise ValueError("env must be the VecNormalize of the training, got None: give it to QSM.load")
     env = model.get_vec_normalize_env()
     normalization = {}
     if env is not None and env.norm_obs:
@@ -115,11 +119,14 @@ def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> Non
     :param model: trained model
     :param path: file to write
     :param deterministic: whether to leave out all noise
-    :raises ValueError: if the graph differs from PyTorch by more than 1e-5 of the range of an action; no file is left
+    :raises ValueError: if the graph differs from PyTorch by more than 1e-5 of the range of an action, or if the key of an
+        observation is "action" or "noise"; no file is left
     """
     import onnxruntime
 
     exported = exported_policy(model)
+    if taken := {"action", "noise"} & set(exported.keys):
+        raise ValueError(f"observation keys must differ from 'action' and 'noise' in an ONNX graph, got {sorted(taken)}")
     noise, *observations = _random_inputs(exported, n=2)
     batch = th.export.Dim("batch")
     per_row = tuple({0: batch} for _ in observations)
@@ -134,18 +141,20 @@ def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> Non
         verbose=False,
     )
     assert program is not None
-    program.save(aside, external_data=False)
-    session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
-    noise, *observations = _random_inputs(exported, n=64)
-    inputs = dict(zip(exported.keys, [value.numpy() for value in observations], strict=True))
-    (found,) = session.run(["action"], inputs if deterministic else {**inputs, "noise": noise.numpy()})
-    with th.no_grad():
-        expected = exported(th.zeros_like(noise) if deterministic else noise, *observations).numpy()
-    difference = float(np.abs((found - expected) / (exported.high - exported.low).numpy()).max())
-    if not difference <= TOLERANCE:
-        aside.unlink()
-        raise ValueError(f"the ONNX graph must be within {TOLERANCE} of PyTorch, it differs by {difference}: not written")
-    os.replace(aside, path)
+    try:
+        program.save(aside, external_data=False)
+        session = onnxruntime.InferenceSession(aside, providers=["CPUExecutionProvider"])
+        noise, *observations = _random_inputs(exported, n=64)
+        inputs = dict(zip(exported.keys, [value.numpy() for value in observations], strict=True))
+        (found,) = session.run(["action"], inputs if deterministic else {**inputs, "noise": noise.numpy()})
+        with th.no_grad():
+            expected = exported(th.zeros_like(noise) if deterministic else noise, *observations).numpy()
+        difference = float(np.abs((found - expected) / (exported.high - exported.low).numpy()).max())
+        if not difference <= TOLERANCE:
+            raise ValueError(f"the ONNX graph must be within {TOLERANCE} of PyTorch, it differs by {difference}: not written")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def save_policy(model: QSM, path: str | Path) -> None:
@@ -155,20 +164,23 @@ def save_policy(model: QSM, path: str | Path) -> None:
 
     :param model: trained model
     :param path: file to write
-    :raises ValueError: if a space is neither a box nor a dictionary of boxes
+    :raises ValueError: if a space is neither a box nor a dictionary of boxes, or the policy a class of your own
     """
+    if type(model.policy) not in POLICY_CLASSES.values():
+        raise ValueError(f"policy must be one of {sorted(POLICY_CLASSES)}, got {type(model.policy).__qualname__}")
     exported = exported_policy(model)
-    spaces_ = dict(zip(exported.keys, _boxes(exported.space), strict=True)) | {"action": exported.action_space}
+    boxes = {f"observation_space.{key}": box for key, box in zip(exported.keys, _boxes(exported.space), strict=True)}
     tensors = {f"policy.{name}": value.contiguous() for name, value in exported.policy.state_dict().items()}
-    for name, space in spaces_.items():
-        tensors |= {f"space.{name}.{bound}": th.tensor(getattr(space, bound)) for bound in ("low", "high")}
+    for name, box in [*boxes.items(), ("action_space", exported.action_space)]:
+        tensors |= {f"{name}.{bound}": th.tensor(getattr(box, bound)) for bound in ("low", "high")}
     for key, stats in exported.normalization.items():
         tensors |= {f"normalization.{key}.{name}": value for name, value in stats.items()}
     header = {
         "format": FORMAT,
-        "policy_class": f"{type(model.policy).__module__}.{type(model.policy).__qualname__}",
+        "policy_class": type(model.policy).__qualname__,
         "policy_kwargs": describe(model.policy_kwargs),
         "dictionary": isinstance(exported.space, spaces.Dict),
+        "keys": exported.keys,  # in the order of the policy's inputs, which tensors have not
     }
     aside = Path(path).with_name(f".{Path(path).name}.tmp")
     aside.write_bytes(save(tensors, metadata={"sb3_qsm": json.dumps(header)}))
@@ -191,15 +203,10 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
             raise ValueError(f"format {header['format']!r}, this version reads format {FORMAT}")
         if policy_kwargs is None and is_opaque(header["policy_kwargs"]):
             raise ValueError("policy_kwargs must be given again, as the file holds no functions, classes or objects")
-        classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in (MlpPolicy, CnnPolicy, MultiInputPolicy)}
-        boxes: dict[str, Any] = {}
-        for name in [name.split(".")[1] for name in tensors if name.startswith("space.") and name.endswith(".low")]:
-            low, high = (tensors[f"space.{name}.{bound}"].numpy() for bound in ("low", "high"))
-            boxes[name] = spaces.Box(low, high, dtype=low.dtype.type)
-        action_space = boxes.pop("action")
-        policy = classes[header["policy_class"]](
-            spaces.Dict(boxes) if header["dictionary"] else boxes["observation"],
-            action_space,
+        boxes = [(key, _box(f"observation_space.{key}", tensors)) for key in header["keys"]]
+        policy = POLICY_CLASSES[header["policy_class"]](
+            spaces.Dict(boxes) if header["dictionary"] else boxes[0][1],
+            _box("action_space", tensors),
             lr_schedule=lambda _: 0.0,
             **(rebuild(header["policy_kwargs"]) if policy_kwargs is None else policy_kwargs),
         )
@@ -215,6 +222,11 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
         raise ValueError(f"policy {path} refused: {error}") from error
 
 
+def _box(name: str, tensors: dict[str, th.Tensor]) -> spaces.Box:
+    low, high = (tensors[f"{name}.{bound}"].numpy() for bound in ("low", "high"))
+    return spaces.Box(low, high, dtype=low.dtype.type)
+
+
 def _under(prefix: str, tensors: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -227,13 +239,11 @@ def _boxes(space: spaces.Space) -> list[spaces.Box]:
 
 
 def _random_inputs(exported: ExportedPolicy, n: int) -> list[th.Tensor]:
-    """Noise and observations, which leave the random numbers of a training as they are; 10 wide without bounds."""
+    """Noise and observations, which leave the random numbers of a training as they are; at most 20 wide, but for images."""
     rng = np.random.default_rng(0)
     inputs = [th.as_tensor(rng.standard_normal((exported.noise_shape[0], n, exported.noise_shape[1]), np.float32))]
     for box in _boxes(exported.space):
-        low, high = (
-            np.maximum(box.low.astype(float), -10),
-            np.minimum(box.high.astype(float), 255 if box.dtype == np.uint8 else 10),
-        )
+        low = np.maximum(box.low, np.minimum(-10.0, box.high - 20.0))
+        high = np.minimum(box.high, low + (255.0 if box.dtype == np.uint8 else 20.0))
         inputs.append(th.as_tensor(rng.uniform(low, high, size=(n, *box.shape)).astype(box.dtype)))
     return inputs

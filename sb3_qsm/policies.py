@@ -5,7 +5,7 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actio
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
@@ -26,10 +26,12 @@ from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser, Precondition
 from sb3_qsm.samplers import SAMPLERS, DenoiseFn
 from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule
 
+SelfPolicy = TypeVar("SelfPolicy", bound="DiffusionPolicy")
+
 
 def lookup(argument: str, value: Any, choices: dict[str, Any]) -> Any:
     """
-    The choice that goes by a name; where functions are chosen, a function stands for itself.
+    The choice that goes by a name; a function stands for itself.
 
     :param argument: name of the argument, for the error
     :param value: a key of ``choices``, or a function
@@ -37,7 +39,7 @@ def lookup(argument: str, value: Any, choices: dict[str, Any]) -> Any:
     :return: the choice
     :raises ValueError: if ``value`` is neither
     """
-    if callable(value) and all(map(callable, choices.values())):
+    if callable(value):
         return value
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} must be one of {sorted(choices)}, got {value!r}")
@@ -325,7 +327,7 @@ class DiffusionPolicy(BasePolicy):
         self.critic_target = self.make_critic()
         for network, slow_copy in ((self.online_actor, self.actor), (self.critic, self.critic_target)):
             slow_copy.load_state_dict(network.state_dict())
-            slow_copy.set_training_mode(False)
+        self.train()
 
         # A shared features extractor learns from the actor's loss only
         critic_parameters = [
@@ -365,17 +367,22 @@ class DiffusionPolicy(BasePolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return (self.online_actor if self.exploring else self.actor)(observation, deterministic)
 
-    def set_training_mode(self, mode: bool) -> None:
+    def train(self: SelfPolicy, mode: bool = True) -> SelfPolicy:
         """
         Put the policy in either training or evaluation mode; the slow copies always stay in evaluation mode.
 
         :param mode: if true, set to training mode, else set to evaluation mode
+        :return: the policy
         """
+        slow_copies, networks = (self.actor, self.critic_target), (self.online_actor, self.critic)
         # Otherwise a walk over all modules at each predict
-        if not self.training == self.online_actor.training == self.critic.training == mode:
-            self.online_actor.set_training_mode(mode)
-            self.critic.set_training_mode(mode)
+        if [it.training for it in (self, *networks, *slow_copies)] != [mode, mode, mode, False, False]:
             self.training = mode
+            for slow_copy in slow_copies:
+                slow_copy.train(False)
+            for network in networks:  # after the slow copies, with one of which they may share a features extractor
+                network.train(mode)
+        return self
 
 
 MlpPolicy = DiffusionPolicy

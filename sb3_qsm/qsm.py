@@ -18,11 +18,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule, TensorDict
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from sb3_qsm.buffers import NStepDictReplayBuffer
+from sb3_qsm.buffers import NStepDictReplayBuffer, cut_returns
 from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, ScaledCritic, lookup
@@ -47,7 +47,6 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "pessimism": (Real, 0, 1),
     "actor_lr_decay_updates": (Real, 1, math.inf),
     "stats_window_size": (Integral, 1, math.inf),
-    "verbose": (Integral, 0, math.inf),
     "seed": (Integral, 0, 2**32 - 1),
 }
 # Accepted type of each other argument that SB3 does not check itself
@@ -73,15 +72,15 @@ class QSM(OffPolicyAlgorithm):
     :param learning_starts: how many steps of the model to collect transitions for before learning starts
     :param batch_size: Minibatch size for each gradient update
     :param tau: the soft update coefficient ("Polyak update", between 0 and 1)
-    :param gamma: the discount factor
+    :param gamma: the discount factor (a replay buffer keeps the one that its returns over several steps were made with)
     :param train_freq: Update the model every ``train_freq`` steps, or a tuple such as ``(5, "step")`` or ``(2, "episode")``
     :param gradient_steps: How many gradient steps to do after each rollout; ``-1`` for as many as steps in the environments
     :param action_noise: noise added to the sampled action (None by default: the policy explores by itself)
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
-    :param n_steps: number of steps of the return before the bootstrap, as in SB3 (not for dictionary observations). By default
-        three, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
+    :param n_steps: number of steps of the return before the bootstrap, as in SB3, also for dictionary observations. By default
+        three; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
     :param actor_tau: the soft update coefficient of the actor that :meth:`predict` uses, a running mean of the one that learns
         and explores, at each update of the actor (larger at first); at 1 they are the same
@@ -200,11 +199,12 @@ class QSM(OffPolicyAlgorithm):
         self._check_arguments()
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
         given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
-        if self.n_steps is None:
-            if self.replay_buffer_class is None and not self.optimize_memory_usage:
-                dictionaries = isinstance(self.observation_space, spaces.Dict)
-                self.replay_buffer_class = NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
-                self.replay_buffer_kwargs = {**self.replay_buffer_kwargs, "n_steps": 3, "gamma": self.gamma}
+        no_class = self.replay_buffer_class is None
+        self.n_steps = self.n_steps or (3 if no_class and not self.optimize_memory_usage else 1)
+        if no_class and self.n_steps > 1:
+            dictionaries = isinstance(self.observation_space, spaces.Dict)
+            self.replay_buffer_class = NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
+            self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}
             self.n_steps = 1  # SB3 warns of a number beside a class
         super()._setup_model()
         # What the user gave, so that save(), load() and resume() do not take the choice for the user's
@@ -222,6 +222,9 @@ class QSM(OffPolicyAlgorithm):
         """
         if not hasattr(self, "action_space"):
             raise ValueError("env must be an environment or the id of one, got None")
+        actions = self.action_space
+        if not np.issubdtype(actions.dtype, np.floating) or not (actions.low < actions.high).all():  # type: ignore[attr-defined]
+            raise ValueError(f"action_space must be a Box of floats with low < high in each dimension, got {actions}")
         buffer_class = self.replay_buffer_class
         if buffer_class is not None and not (isinstance(buffer_class, type) and issubclass(buffer_class, ReplayBuffer)):
             raise ValueError(f"replay_buffer_class must be a subclass of ReplayBuffer, got {buffer_class!r}")
@@ -241,6 +244,7 @@ class QSM(OffPolicyAlgorithm):
                 raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        self._metrics.clear()
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.online_actor.optimizer, self.critic.optimizer])
         decay = 0.5 * (1 + math.cos(math.pi * min(1, self._n_updates / self.actor_lr_decay_updates)))
@@ -302,13 +306,12 @@ class QSM(OffPolicyAlgorithm):
 
     def _log_metrics(self) -> None:
         """
-        Hand the metrics of the updates to the logger: the one place where training waits for the device.
+        Hand the metrics of the updates to the logger. Until then a GPU may be behind.
         """
         for name, tensor in self._metrics:
             value = tensor.item()
             check_finite(name, value, self.num_timesteps)
             self.logger.record_mean(f"train/{name}", value)
-        self._metrics.clear()
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
@@ -403,6 +406,19 @@ class QSM(OffPolicyAlgorithm):
         self.logger.record("train/saturation", (actions.abs() > 0.99).float().mean().item())
         super().dump_logs()
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        buffer = self.replay_buffer
+        if (reset_num_timesteps or self._last_obs is None) and isinstance(buffer, NStepReplayBuffer) and buffer.size() > 0:
+            cut_returns(buffer)  # SB3 resets the environment here
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+
     def learn(
         self: SelfQSM,
         total_timesteps: int,
@@ -476,6 +492,15 @@ class QSM(OffPolicyAlgorithm):
             check_finite(f"weight {name}", weight.cpu().numpy(), self.num_timesteps)
         super().save(path, exclude, include)
 
+    def set_parameters(
+        self, load_path_or_dict: str | TensorDict, exact_match: bool = True, device: th.device | str = "auto"
+    ) -> None:
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        # A new model has no rewards of its own that say what its critics' unit is: they keep the one they were trained with,
+        # which counts like the rewards of a full buffer
+        if self._squared_rewards[1] == 0 and self.critic.scale != 1:
+            self._squared_rewards = [self.buffer_size * self.critic.scale.item() ** 2, self.buffer_size]
+
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "online_actor", "critic", "critic_target", "_score_target", "_metrics", "_resumed"]
         return [*super()._excluded_save_params(), *own]
@@ -507,4 +532,4 @@ def check_finite(name: str, value: Any, num_timesteps: int) -> None:
     """
     for array in value.values() if isinstance(value, dict) else [value]:
         if not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite, got {array} after {num_timesteps} steps: training stops here")
+            raise ValueError(f"{name} must be finite, got {array} after {num_timesteps} steps")

@@ -33,13 +33,11 @@ def ddpm_sample(
     :return: actions, shape (B, A)
     """
     x_t, noises = x_T, noise.unbind()
-    for t in reversed(range(schedule.n_steps)):
+    for t in range(schedule.n_steps - 1, 0, -1):
         x_0 = denoise_fn(x_t, t).clamp(-clip_range, clip_range)
-        if t == 0:
-            return x_0
         of_x_0, of_x_t, std = schedule.posterior[t]
         x_t = th.add(of_x_0 * x_0, x_t, alpha=of_x_t).add(noises[t], alpha=std)
-    return x_t
+    return denoise_fn(x_t, 0).clamp(-clip_range, clip_range)
 
 
 def ddim_sample(
@@ -51,14 +49,12 @@ def ddim_sample(
     Arguments and result as for :func:`ddpm_sample`; ``noise`` is not used, it makes samplers interchangeable.
     """
     x_t = x_T
-    for t in reversed(range(schedule.n_steps)):
+    for t in range(schedule.n_steps - 1, 0, -1):
         x_0 = denoise_fn(x_t, t).clamp(-clip_range, clip_range)
-        if t == 0:
-            return x_0
         _, alpha, sigma = schedule.levels[t]
         _, alpha_next, sigma_next = schedule.levels[t - 1]
         x_t = alpha_next * x_0 + (sigma_next / sigma) * (x_t - alpha * x_0)
-    return x_t
+    return denoise_fn(x_t, 0).clamp(-clip_range, clip_range)
 
 
 def running_clip_sample(

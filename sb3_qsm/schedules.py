@@ -65,7 +65,8 @@ def box_betas(n_steps: int, ratio_min: float = 0.1, ratio_max: float = 2.5) -> t
     :param ratio_max: noise-to-signal ratio of the last level
     :return: betas, shape (T,)
     """
-    ratios = th.logspace(math.log10(ratio_min), math.log10(ratio_max), n_steps, dtype=th.float64)
+    first = ratio_min if n_steps > 1 else ratio_max  # a single step has to come from noise
+    ratios = th.logspace(math.log10(first), math.log10(ratio_max), n_steps, dtype=th.float64)
     alphas_cumprod = 1 / (1 + ratios**2)
     previous = th.cat([th.ones(1, dtype=th.float64), alphas_cumprod[:-1]])
     return 1 - alphas_cumprod / previous

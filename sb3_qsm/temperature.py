@@ -3,6 +3,7 @@ Temperature lambda of the policy exp(Q / lambda): fixed, or adapted to an entrop
 """
 
 import math
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -34,6 +35,11 @@ class Temperature(nn.Module):
         """
         return th.zeros_like(entropy)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Nothing is loaded: the number is an argument of the algorithm, which ``load`` may be given anew.
+        """
+
 
 class AutoTemperature(Temperature):
     """
@@ -53,6 +59,8 @@ class AutoTemperature(Temperature):
         super().__init__(ent_coef)
         self.target_entropy = target_entropy
         self.step = rate / action_dim
+
+    load_state_dict = nn.Module.load_state_dict
 
     def update(self, entropy: th.Tensor) -> th.Tensor:
         gap = (entropy - self.target_entropy).detach()

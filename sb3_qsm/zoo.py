@@ -69,8 +69,10 @@ def checkpointed(folder: Path, save_freq: int) -> type[QSM]:
                 self.restore(newest_checkpoint(folder))
                 print(f"Going on at {self.num_timesteps} steps")
             saving = CheckpointCallback(max(save_freq // self.n_envs, 1), folder, verbose=self.verbose)
+            if self._resumed is not None:
+                total_timesteps -= self.num_timesteps
             kwargs["reset_num_timesteps"] = self._resumed is None
-            return super().learn(total_timesteps - self.num_timesteps, [*(callback or []), saving], **kwargs)
+            return super().learn(total_timesteps, [*(callback or []), saving], **kwargs)
 
     return CheckpointedQSM
 
@@ -160,15 +162,16 @@ def main(arguments: list[str]) -> None:
         return
     if script not in ZOO_SCRIPTS:
         raise ValueError(f"script={script!r} is unknown, choose one of {', '.join((*ZOO_SCRIPTS, 'plot'))}")
+    rest = zoo_arguments(script, rest)
     optimizes = bool({"-optimize", "--optimize-hyperparameters"} & set(rest))
-    if known.checkpoints is not None and (script != "train" or optimizes or ("--algo" in rest and "qsm" not in rest)):
+    if known.checkpoints is not None and (script != "train" or optimizes or rest[:2] != ["--algo", "qsm"]):
         raise ValueError(f"--checkpoints {known.checkpoints} goes with training QSM, got {' '.join(arguments)}")
     try:
         register(QSM if known.checkpoints is None else checkpointed(known.checkpoints, known.checkpoint_freq))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('The zoo is not installed: pip install "sb3-qsm[zoo]"') from error
     module = f"rl_zoo3.{script}"
-    sys.argv = [module, *zoo_arguments(script, rest)]
+    sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__")
 
 

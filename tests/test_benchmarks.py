@@ -411,7 +411,7 @@ def test_statistics_by_hand():
     assert profile(scores, np.array([-1.0, 1.0, 40.0])).tolist() == [1.0, 0.5, 0.0]
     value, low, high = estimate(iqm, scores)
     assert value == 1.5 and low < 1.5 < high
-    assert estimate(iqm, scores) == (value, low, high), "the same report every time"
+    assert str(estimate(iqm, untied[0])) == str(estimate(iqm, untied[0])), "the same report every time"
     value, low, high = estimate(improvement, ours[:1], theirs)
     assert value == 0.375 and np.isnan([low, high]).all(), "one run says nothing about others"
 

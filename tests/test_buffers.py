@@ -1,11 +1,11 @@
-"""The buffer for dictionaries draws what SB3's draws for the same numbers in one vector."""
+"""The buffer for dictionaries draws what SB3's draws for the same numbers in one vector; returns that are cut."""
 
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.utils import set_random_seed
 
-from sb3_qsm.buffers import NStepDictReplayBuffer
+from sb3_qsm.buffers import NStepDictReplayBuffer, cut_returns
 
 PARTS = {"angle": slice(0, 1), "speed": slice(1, 3)}
 
@@ -41,3 +41,16 @@ def test_same_samples_as_for_one_vector():
     for name in ("actions", "rewards", "dones", "discounts"):
         np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
     assert len(set(wanted.discounts.flatten().tolist())) == 3 and 0 < wanted.dones.mean() < 1
+
+
+def test_returns_that_are_cut():
+    """The newest transition becomes one that ran out of time, unless its episode has ended in another way."""
+    buffer = NStepReplayBuffer(12, box(1), box(1), device="cpu", n_envs=3, n_steps=3)
+    ends = np.array([False, True, True])  # goes on, terminal, out of time
+    infos = [{"TimeLimit.truncated": timeout} for timeout in (False, False, True)]
+    for done in (np.zeros(3), ends):
+        buffer.add(np.zeros((3, 1)), np.zeros((3, 1)), np.zeros((3, 1)), np.zeros(3), done, infos)
+    buffer.timeouts[0] = 0
+    cut_returns(buffer)
+    assert buffer.timeouts.tolist() == [[0, 0, 0], [1, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert buffer.dones[1].tolist() == [0, 1, 1]

@@ -452,9 +452,9 @@ def test_environment_without_a_state(make, tmp_path):
     with pytest.warns(UserWarning, match="(simulator|SubprocVecEnv|StepType).*new episode, not bit for bit"):
         resumed = QSM.resume(tmp_path, VecNormalize(make()))
     assert resumed.num_timesteps == 20
-    assert resumed.replay_buffer.timeouts[:20].ravel().tolist() == [0.0] * 19 + [1.0]
     assert resumed.get_vec_normalize_env().obs_rms.count > 20
     resumed.learn(10, CheckpointCallback(5, tmp_path), reset_num_timesteps=False)
+    assert resumed.replay_buffer.timeouts[:20].ravel().tolist() == [0.0] * 19 + [1.0]
     state = newest_checkpoint(tmp_path).state["replay_buffer"]
     restore_buffer(model.replay_buffer, state, tmp_path)
     assert model.replay_buffer.timeouts[19, 0] == 1.0

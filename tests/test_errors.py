@@ -1,5 +1,6 @@
 """Bad arguments and bad numbers: a clear error at once, nothing trained on garbage, nothing saved over a good file."""
 
+import copy
 import inspect
 import math
 import re
@@ -114,6 +115,21 @@ def test_bad_arguments_of_others(kwargs, error, message):
 def test_train_freq_below_one(train_freq):
     with expect(ValueError, "train_freq must be at least 1, got TrainFreq(frequency="):
         QSM("MlpPolicy", "Pendulum-v1", train_freq=train_freq)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(0, 255, (2,), np.uint8),
+        spaces.Box(-1, 1, (2,), np.int32),
+        spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, 0.0]), dtype=np.float64),
+    ],
+)
+def test_action_boxes(space):
+    env = Broken()
+    env.action_space = space
+    with expect(ValueError, f"action_space must be a Box of floats with low < high in each dimension, got {space}"):
+        QSM("MlpPolicy", env)
 
 
 def test_no_environment():
@@ -251,11 +267,21 @@ def test_broken_weight_stops_training(part, value):
     next(getattr(model, part).parameters()).data.fill_(value)
     before = {name: weight.clone() for name, weight in model.policy.state_dict().items()}
     temperature = model.temperature.value()
-    with pytest.raises(ValueError, match=r"critic_loss must be finite, got (nan|inf) after 15 steps: training stops here"):
+    with pytest.raises(ValueError, match=r"critic_loss must be finite, got (nan|inf) after 15 steps$"):
         model.train(gradient_steps=5, batch_size=8)
     for name, weight in model.policy.state_dict().items():
         assert th.equal(weight.nan_to_num(), before[name].nan_to_num()), name
     assert th.equal(model.temperature.value(), temperature)
+
+
+def test_training_goes_on_when_the_weights_are_mended():
+    model = trained()
+    good = copy.deepcopy(model.get_parameters())
+    next(model.critic.parameters()).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="critic_loss must be finite"):
+        model.train(gradient_steps=1, batch_size=8)
+    model.set_parameters(good)
+    model.train(gradient_steps=1, batch_size=8)
 
 
 def test_overflowing_target_stops_training():

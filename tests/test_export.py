@@ -15,8 +15,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_qsm import QSM
-from sb3_qsm.export import export_onnx, exported_policy, load_policy, save_policy
+from sb3_qsm import QSM, MlpPolicy
+from sb3_qsm.export import _random_inputs, export_onnx, exported_policy, load_policy, save_policy
 
 SMALL = dict(batch_size=8, learning_starts=10, buffer_size=200, seed=0, device="cpu")
 
@@ -117,6 +117,62 @@ def test_policy_file_of_dictionaries(tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+class Parts(gym.Env):
+    """Keys that are not in the order of the alphabet, all of one size; one has the name of what a policy returns."""
+
+    observation_space = gym.spaces.Dict([(key, gym.spaces.Box(100, 200, (2,))) for key in ("speed", "action", "place")])
+    action_space = gym.spaces.Box(-1, 1, (2,))
+
+
+def test_order_of_the_keys(tmp_path):
+    model = QSM("MultiInputPolicy", Parts(), policy_kwargs=dict(net_arch=[8]), **SMALL)
+    save_policy(model, tmp_path / "policy")
+    policy = load_policy(tmp_path / "policy")
+    assert policy.keys == ["speed", "action", "place"] and policy.action_space == Parts.action_space
+    obs = {key: value[None] for key, value in Parts.observation_space.sample().items()}
+    np.testing.assert_array_equal(policy.predict(obs, deterministic=True), model.predict(obs, deterministic=True)[0])
+    with pytest.raises(ValueError, match=r"keys must differ from 'action' and 'noise' in an ONNX graph, got \['action'\]"):
+        export_onnx(model, tmp_path / "policy.onnx")
+
+
+@pytest.mark.parametrize(
+    "box, low, high",
+    [
+        (gym.spaces.Box(100, 200, (500,)), 100, 120),
+        (gym.spaces.Box(-np.inf, -100, (500,)), -120, -100),
+        (gym.spaces.Box(-np.inf, np.inf, (500,)), -10, 10),
+        (gym.spaces.Box(-3e38, 3e38, (500,)), -10, 10),
+        (gym.spaces.Box(0, 255, (500,), np.uint8), 0, 255),
+    ],
+)
+def test_observations_to_compare_with_are_in_the_box(box, low, high, model):
+    exported = exported_policy(model)
+    exported.space = box
+    noise, values = _random_inputs(exported, n=2)
+    assert noise.shape == (4, 2, 1) and values.shape == (2, 500) and box.contains(values[0].numpy())
+    assert low <= values.min() < low + 0.1 * (high - low) and high - 0.1 * (high - low) < values.max() <= high
+
+
+def test_model_without_its_normalisation(model, tmp_path):
+    """The statistics are not in SB3's file: a policy without them would answer, and wrongly."""
+    model.save(tmp_path / "model")
+    for write in (save_policy, export_onnx):
+        with pytest.raises(ValueError, match=r"env must be the VecNormalize of the training, got None: give it to QSM.load"):
+            write(QSM.load(tmp_path / "model", device="cpu"), tmp_path / "policy")
+    save_policy(QSM.load(tmp_path / "model", env=model.env, device="cpu"), tmp_path / "policy")
+
+
+class OwnPolicy(MlpPolicy):
+    pass
+
+
+def test_policy_of_ones_own(tmp_path):
+    model = QSM(OwnPolicy, "Pendulum-v1", policy_kwargs=dict(net_arch=[8]), **SMALL)
+    with pytest.raises(ValueError, match=r"policy must be one of .*'DiffusionPolicy'.*, got OwnPolicy"):
+        save_policy(model, tmp_path / "policy")
+    assert not list(tmp_path.iterdir())
+
+
 def test_policy_with_a_class_among_its_arguments(tmp_path):
     policy_kwargs = dict(net_arch=[8], activation_fn=th.nn.ReLU)
     save_policy(QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, **SMALL), tmp_path / "policy")
@@ -136,7 +192,8 @@ def test_policy_files_that_are_refused(model, tmp_path):
         "truncated": lambda: path.write_bytes(content[:-1]),
         "another file": lambda: path.write_bytes(b"no safetensors"),
         "no header": lambda: save_file(tensors, path),
-        "format 2": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"format": 2})}),
+        "format 1": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"format": 1})}),
+        "no keys": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"keys": ["position"]})}),
         "another class": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"policy_class": "os.system"})}),
     }
     for name in tensors:
@@ -144,7 +201,7 @@ def test_policy_files_that_are_refused(model, tmp_path):
         broken[f"without {name}"] = partial(save_file, rest, path, {"sb3_qsm": json.dumps(header)})
     for what, write in broken.items():
         write()
-        with pytest.raises(ValueError, match=r"policy.safetensors refused: " + ("format 2" if what == "format 2" else "")):
+        with pytest.raises(ValueError, match=r"policy.safetensors refused: " + ("format 1" if what == "format 1" else "")):
             load_policy(path)
 
 

@@ -127,9 +127,51 @@ def test_one_step_returns(kwargs):
     assert not isinstance(model.replay_buffer, NStepReplayBuffer)
 
 
-def test_buffer_of_the_user_keeps_its_steps():
-    model = build(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=5, gamma=0.9))
-    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (5, 0.9)
+@pytest.mark.parametrize(
+    "kwargs, n_steps, gamma",
+    [
+        (dict(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=5, gamma=0.9)), 5, 0.9),
+        (dict(replay_buffer_kwargs=dict(n_steps=5, gamma=0.9)), 5, 0.9),
+        (dict(n_steps=5, gamma=0.9, replay_buffer_kwargs=dict(handle_timeout_termination=True)), 5, 0.9),
+        (dict(n_steps=5, policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), 5, 0.99),
+    ],
+)
+def test_steps_of_the_user(kwargs, n_steps, gamma):
+    given = copy.deepcopy(kwargs.get("replay_buffer_kwargs"))
+    model = build(**kwargs)
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (n_steps, gamma)
+    assert kwargs.get("replay_buffer_kwargs") == given, "the dictionary is the user's"
+    assert (model.n_steps, model.replay_buffer_class) == (kwargs.get("n_steps"), kwargs.get("replay_buffer_class"))
+
+
+class Counting(gym.Env):
+    """Observation and reward count the steps of all episodes, which never end by themselves; a reset counts a thousand."""
+
+    observation_space = spaces.Box(0, 1e6, (1,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    count = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.count += 1000
+        return np.full(1, self.count, np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        return np.full(1, self.count, np.float32), float(self.count), False, False, {}
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_returns_end_where_the_environment_is_reset(reset):
+    """A second call of learn() begins a new episode, unless the time goes on: no return of three steps reaches into it."""
+    model = build(env=Counting(), learning_starts=100, gamma=0.5)
+    model.learn(10)
+    model.learn(10, reset_num_timesteps=reset)
+    samples = model.replay_buffer._get_samples(np.arange(7, 12))
+    nexts = [1010, 1010, 1010, 2013, 2014] if reset else [1010, 1011, 1012, 1013, 1014]
+    assert samples.next_observations.ravel().tolist() == nexts
+    assert samples.discounts.ravel().tolist() == ([0.125, 0.25, 0.5, 0.125, 0.125] if reset else [0.125] * 5)
+    first = 1008 + 1009 / 2 + 1010 / 4
+    assert samples.rewards[0].item() == first and (samples.dones == 0).all()
 
 
 def learn_scaled(factor, **kwargs):
@@ -347,9 +389,21 @@ def test_modes():
     assert not policy.actor.training and not policy.critic_target.training
     policy.set_training_mode(False)
     assert not any(module.training for module in policy.modules())
-    policy.online_actor.train()  # behind its back
+    policy.online_actor.train(), policy.actor.train()  # behind its back
     policy.set_training_mode(False)
-    assert not policy.online_actor.training
+    assert not policy.online_actor.training and not policy.actor.training
+    policy.train()
+    assert policy.critic.training and not policy.critic_target.training
+
+
+def test_modes_with_a_shared_features_extractor():
+    """It learns with the networks, though a slow copy uses it, too."""
+    policy = build(policy_kwargs=dict(share_features_extractor=True)).policy
+    assert policy.actor.features_extractor is policy.online_actor.features_extractor
+    for mode in (True, False, True):
+        policy.set_training_mode(mode)
+        assert policy.online_actor.features_extractor.training == mode
+        assert policy.critic_target.features_extractor.training is False
 
 
 @pytest.mark.parametrize("interval, n_updates, moved", [(1, 1, True), (3, 2, False), (3, 3, True)])

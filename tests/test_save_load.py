@@ -7,6 +7,7 @@ import math
 import pathlib
 import zipfile
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -43,6 +44,18 @@ def test_value_scale_goes_on(model, tmp_path):
     assert loaded.critic.scale == loaded.critic_target.scale == model.critic.scale != 1
     loaded.learn(20)
     assert loaded._squared_rewards[1] == 60, "the rewards before count for the scale"
+
+
+def test_value_scale_goes_with_the_weights(model):
+    """Also into a new model: other rewards do not change at once what the critics say."""
+    other = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=CHOICES, **SMALL | dict(learning_rate=0.0, gamma=0.5))
+    other.set_parameters(copy.deepcopy(model.get_parameters()))
+    scale = other.critic.scale.item()
+    assert scale == model.critic.scale != 1
+    other.env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 0.0 * reward)
+    other.set_env(other.env)
+    other.learn(20)
+    assert other._n_updates == 10 and other.critic.scale.item() == pytest.approx(scale * math.sqrt(200 / 220))
 
 
 def observations(model, n=5):
@@ -126,10 +139,13 @@ def test_temperature_survives(model, tmp_path):
     assert loaded.temperature.value() < model.temperature.value()
 
 
-def test_fixed_temperature_survives(tmp_path):
-    QSM("MlpPolicy", "Pendulum-v1", ent_coef=0.3, **SMALL).save(tmp_path / "model")
-    loaded = QSM.load(tmp_path / "model", device="cpu")
-    assert loaded.temperature.value().item() == pytest.approx(0.3)
+@pytest.mark.parametrize("ent_coef", [0.3, "auto_0.3"])
+def test_temperature_given_to_load(ent_coef, tmp_path):
+    """A number is what the argument says; a temperature that is learnt goes on from the file's."""
+    QSM("MlpPolicy", "Pendulum-v1", ent_coef=ent_coef, **SMALL).save(tmp_path / "model")
+    for kwargs, value in [(dict(), 0.3), (dict(ent_coef=0.1), 0.1), (dict(ent_coef="auto"), 0.3)]:
+        loaded = QSM.load(tmp_path / "model", device="cpu", **kwargs)
+        assert loaded.temperature.value().item() == pytest.approx(value)
 
 
 def test_set_parameters(model):

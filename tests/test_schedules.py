@@ -40,6 +40,9 @@ def test_box_betas():
     # By default from 0.1; 0.5 is the geometric mean
     schedule = NoiseSchedule(box_betas(3))
     np.testing.assert_allclose(schedule.sigma / schedule.alpha, [0.1, 0.5, 2.5], rtol=1e-6)
+    # A single step comes from noise: with r = 0.1 it could move a draw from N(0, 1) by no more than 4 r
+    schedule = NoiseSchedule(box_betas(1))
+    np.testing.assert_allclose(schedule.sigma / schedule.alpha, [2.5], rtol=1e-6)
 
 
 def test_levels_by_hand():

@@ -1,7 +1,6 @@
 """The rl-zoo launcher: real, short runs."""
 
 import inspect
-import os
 import subprocess
 import sys
 
@@ -27,8 +26,7 @@ def launch(*arguments: str) -> str:
     :return: what it printed
     """
     command = [sys.executable, "-m", "sb3_qsm.zoo", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
@@ -46,6 +44,16 @@ def test_train_enjoy_plot(tmp_path):
 
     picture = run / "learning_curve.png"
     assert zoo.plot([str(tmp_path)]) == picture and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_of_a_pretrained_model(tmp_path):
+    """-n counts the steps to come, not those that the model has had."""
+    QSM("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, buffer_size=1000).learn(60).save(tmp_path / "model")
+    checkpointing = ["--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-freq", "20", "-f", str(tmp_path / "logs")]
+    launch("train", "--env", "Pendulum-v1", "-n", "40", "-i", str(tmp_path / "model.zip"), "--eval-freq", "-1", *checkpointing)
+    model = QSM.load(next((tmp_path / "logs").rglob("Pendulum-v1.zip")))
+    assert (model.num_timesteps, model.replay_buffer_class) == (40, None)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("rl_model*")] == ["rl_model_20_steps"]
 
 
 def test_train_dm_control(tmp_path):

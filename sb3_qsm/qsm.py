@@ -79,8 +79,8 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_class: Replay buffer class to use (for instance ``HerReplayBuffer``)
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
-    :param n_steps: number of steps of the return before the bootstrap, as in SB3, also for dictionary observations. By default
-        three; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
+    :param n_steps: number of steps of the return before the bootstrap, as in SB3 (not for dictionary observations). By default
+        three, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
     :param policy_delay: update actor and temperature once per ``policy_delay`` updates of the critics, as in TD3
     :param actor_tau: the soft update coefficient of the actor that :meth:`predict` uses, a running mean of the one that learns
         and explores, at each update of the actor (larger at first); at 1 they are the same
@@ -200,9 +200,10 @@ class QSM(OffPolicyAlgorithm):
         self._score_target = lookup("score_target", self.score_target, SCORE_TARGETS)
         given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
         no_class = self.replay_buffer_class is None
+        dictionaries = isinstance(self.observation_space, spaces.Dict)
+        refused = dictionaries and self.n_steps is not None  # by SB3, whose tests ask for it
         self.n_steps = self.n_steps or (3 if no_class and not self.optimize_memory_usage else 1)
-        if no_class and self.n_steps > 1:
-            dictionaries = isinstance(self.observation_space, spaces.Dict)
+        if no_class and self.n_steps > 1 and not refused:
             self.replay_buffer_class = NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
             self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}
             self.n_steps = 1  # SB3 warns of a number beside a class

@@ -133,7 +133,15 @@ def test_one_step_returns(kwargs):
         (dict(replay_buffer_class=NStepReplayBuffer, replay_buffer_kwargs=dict(n_steps=5, gamma=0.9)), 5, 0.9),
         (dict(replay_buffer_kwargs=dict(n_steps=5, gamma=0.9)), 5, 0.9),
         (dict(n_steps=5, gamma=0.9, replay_buffer_kwargs=dict(handle_timeout_termination=True)), 5, 0.9),
-        (dict(n_steps=5, policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)), 5, 0.99),
+        (
+            dict(
+                policy="MultiInputPolicy",
+                env=SimpleMultiObsEnv(discrete_actions=False),
+                replay_buffer_kwargs=dict(n_steps=5),
+            ),
+            5,
+            0.99,
+        ),
     ],
 )
 def test_steps_of_the_user(kwargs, n_steps, gamma):

@@ -20,6 +20,7 @@ train: $(VENV)/.zoo
 		--tensorboard-log logs/tensorboard --progress $(ARGS)
 	$(BIN)/python -m sb3_qsm.zoo plot logs
 
+# make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray, pictures
 test pytest: $(VENV)/.tests
 	$(BIN)/python -m pytest -m "not expensive" $(ARGS)
 

@@ -1,21 +1,23 @@
 """Every rival by name. A new one is one line here and one file of hyperparameters."""
 
-from pkgutil import resolve_name
-
+from sb3_contrib import TQC, CrossQ
+from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-# Imported on first use, so that a rival whose package is missing does not keep the others from running.
-ALGORITHMS = {
-    "qsm": "sb3_qsm:QSM",
-    "qsm_paper": "sb3_qsm:QSM",
-    "sac": "stable_baselines3:SAC",
-    "td3": "stable_baselines3:TD3",
-    "tqc": "sb3_contrib:TQC",
-    "crossq": "sb3_contrib:CrossQ",
-    "diffusion_ql": "benchmarks.peers:DiffusionQL",
-    "dipo": "benchmarks.peers:DIPO",
-    "qvpo": "benchmarks.peers:QVPO",
-    "dacer_style": "benchmarks.peers:DACERStyle",
+from benchmarks.peers import DIPO, QVPO, DACERStyle, DiffusionQL
+from sb3_qsm import QSM
+
+ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
+    "qsm": QSM,
+    "qsm_paper": QSM,
+    "sac": SAC,
+    "td3": TD3,
+    "tqc": TQC,
+    "crossq": CrossQ,
+    "diffusion_ql": DiffusionQL,
+    "dipo": DIPO,
+    "qvpo": QVPO,
+    "dacer_style": DACERStyle,
 }
 
 
@@ -30,4 +32,4 @@ def algorithm_class(name: str) -> type[OffPolicyAlgorithm]:
     key = name.split("-")[0]
     if key not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {name!r}, valid: {', '.join(ALGORITHMS)} (a variant is named as in 'qsm-label')")
-    return resolve_name(ALGORITHMS[key])
+    return ALGORITHMS[key]

@@ -1,7 +1,10 @@
 """One cell of the matrix: train one algorithm on one task from one seed, and leave a whole result or none."""
 
 import csv
+import functools
+import hashlib
 import json
+import math
 import os
 import platform
 import resource
@@ -12,7 +15,6 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import gymnasium as gym
@@ -28,8 +30,9 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
+import sb3_qsm
 from benchmarks.algorithms import algorithm_class
-from benchmarks.suites import NOISE, Cell, read_policy_kwargs, read_score_target
+from benchmarks.suites import NOISE, Cell, read_function, read_policy_kwargs
 from sb3_qsm import QSM
 from sb3_qsm.checkpoint import CheckpointCallback, package_versions
 from sb3_qsm.storage import checkpoints, newest_checkpoint
@@ -45,7 +48,7 @@ def make_env(cell: Cell) -> gym.Env:
     """
     env = gym.make(cell.task)
     if "env_wrapper" in cell.hyperparams:
-        env = resolve_name(cell.hyperparams["env_wrapper"])(env)
+        env = read_function("env_wrapper", cell.hyperparams)(env)
     return gym.wrappers.FlattenObservation(env) if isinstance(env.observation_space, gym.spaces.Dict) else env
 
 
@@ -59,7 +62,7 @@ def make_model(cell: Cell) -> OffPolicyAlgorithm:
     if "policy_kwargs" in kwargs:
         kwargs["policy_kwargs"] = read_policy_kwargs(kwargs)
     if "score_target" in kwargs:
-        kwargs["score_target"] = read_score_target(kwargs)
+        kwargs["score_target"] = read_function("score_target", kwargs)
     noise = kwargs.pop("noise_type", None)
     sigma = kwargs.pop("noise_std", 0.0) * np.ones(get_action_dim(env.action_space))
     if noise is not None:
@@ -106,7 +109,7 @@ class Recorder(BaseCallback):
         self.file = open(folder / "evaluations.csv", "w", newline="")
         self.start = self.evaluation_s = self.last_report = self.trained_s = 0.0
         self.started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.next_evaluation = 0
+        self.next_evaluation = 0.0
         # Checkpoints hold the data of callbacks: what was written so far goes into the files of the next process
         self.logs: dict[str, str] = {}
         self.resumed_at: list[int] = []
@@ -119,6 +122,7 @@ class Recorder(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.start = time.perf_counter() - self.trained_s - self.evaluation_s
+        self.last_report = 0.0
         if not self.logs:
             self._evaluate()
             return
@@ -129,7 +133,7 @@ class Recorder(BaseCallback):
         output.keys = self.logs["progress.csv"].splitlines()[0].split(",")  # type: ignore[attr-defined]
 
     def _on_step(self) -> bool:
-        if self.num_timesteps >= min(self.next_evaluation, self.cell.n_timesteps):
+        if self.num_timesteps >= self.next_evaluation:
             self._evaluate()
         if time.perf_counter() - self.last_report > 1.0:
             self._report()
@@ -160,12 +164,15 @@ class Recorder(BaseCallback):
             self.mean_return = float(np.mean(list(returns.values())))
         self.file.flush()
         self.model.dump_logs()
-        self.next_evaluation += self.cell.eval_freq
+        # SB3 finishes its rollout, which may go beyond the last evaluation
+        last = self.num_timesteps >= self.cell.n_timesteps
+        self.next_evaluation = math.inf if last else min(self.next_evaluation + self.cell.eval_freq, self.cell.n_timesteps)
         self.evaluation_s += time.perf_counter() - start
         self.trained_s = self.training_s
         self.logs = {name: (self.folder / name).read_text() for name in ("evaluations.csv", "progress.csv")}
 
 
+@functools.cache
 def git_revision() -> str:
     """The commit of this checkout, with ``-dirty`` if a tracked file differs from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -194,9 +201,11 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def saves_name(revision: str) -> str:
+@functools.cache
+def saves_name() -> str:
     """Name of the folder of checkpoints: a cell goes on only with the code that began it."""
-    return f"checkpoints-{revision}"
+    files = sorted(path for folder in (Path(sb3_qsm.__file__).parent, Path(__file__).parent) for path in folder.rglob("*.py"))
+    return f"checkpoints-{hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16]}"
 
 
 def ms_per_action(model: BaseAlgorithm, envs: VecEnv) -> float:
@@ -228,7 +237,7 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
     model.set_logger(configure(str(folder), ["csv"]))
     callbacks: list[BaseCallback] = [recorder]
     if type(model) is QSM:
-        saves = folder / saves_name(revision)
+        saves = folder / saves_name()
         if checkpoints(saves):
             model.restore(newest_checkpoint(saves))
         callbacks.append(CheckpointCallback(max(cell.eval_freq // model.n_envs, 1), saves))
@@ -288,15 +297,14 @@ def run_cell(cell: Cell, out: Path, revision: str | None = None) -> bool:
         if cell.is_finished(out):
             return True
         files = folder.with_name(f".{folder.name}.tmp")
-        revision = revision or git_revision()
-        if not checkpoints(files / saves_name(revision)):
+        if not checkpoints(files / saves_name()):
             shutil.rmtree(files, ignore_errors=True)
         files.mkdir(exist_ok=True)
         try:
             th.set_num_threads(1)
-            train(cell, files, revision)
+            train(cell, files, revision or git_revision())
         except Exception:
             (files / "error.txt").write_text(traceback.format_exc())
-        shutil.rmtree(files / saves_name(revision), ignore_errors=True)
+        shutil.rmtree(files / saves_name(), ignore_errors=True)
         publish(files, folder)
     return cell.is_finished(out)

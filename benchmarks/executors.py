@@ -39,6 +39,8 @@ def run_local(cells: list[Cell], out: Path, jobs: int, report: Report, address: 
 
 def _run_process(cell: Cell, out: Path, report: Report) -> None:
     command = [*cell.command(sys.executable), "--out", str(out)]
+    error = out / cell.folder / "error.txt"
+    error.unlink(missing_ok=True)  # of an earlier attempt
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -46,8 +48,7 @@ def _run_process(cell: Cell, out: Path, report: Report) -> None:
                 if line.startswith("progress "):
                     step, mean_return, speed = line.split()[1:]
                     report(cell, int(step), float(mean_return), float(speed))
-        error = out / cell.folder / "error.txt"
-        if process.returncode and not error.exists():  # killed: it could not write down its own end
+        if process.returncode and not error.exists() and not cell.is_finished(out):  # killed: it could not write down its end
             errors.seek(0)
             end = signal.Signals(-process.returncode).name if process.returncode < 0 else f"status {process.returncode}"
             error.parent.mkdir(parents=True, exist_ok=True)

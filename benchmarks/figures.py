@@ -22,11 +22,12 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes
 def colors(algorithms: list[str]) -> dict[str, Color]:
     """
     :param algorithms: names
-    :return: a colour for each, the same in every report for those in ``ALGORITHMS``
+    :return: a colour for each, no two alike, and the same in every report for those in ``ALGORITHMS``
     """
     names = [*ALGORITHMS, *(name for name in algorithms if name not in ALGORITHMS)]
-    palette = plt.get_cmap("tab10").colors + plt.get_cmap("Set2").colors  # type: ignore[attr-defined]
-    return {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    palette = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    variants = plt.get_cmap("nipy_spectral")(np.linspace(0.05, 0.95, len(names) - len(palette)))
+    return dict(zip(names, [*palette, *map(tuple, variants)], strict=True))
 
 
 def panels(n: int, legend: dict[str, Color]) -> tuple[Figure, list[Axes]]:

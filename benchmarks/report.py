@@ -14,7 +14,19 @@ from matplotlib.figure import Figure
 
 from benchmarks import figures
 from benchmarks.pictures import world_pictures
-from benchmarks.results import MODES, N_RESAMPLES, Result, estimate, improvement, iqm, normalised, read_results, scales, spread
+from benchmarks.results import (
+    MODES,
+    N_RESAMPLES,
+    Result,
+    complete_runs,
+    estimate,
+    improvement,
+    iqm,
+    normalised,
+    read_results,
+    scales,
+    spread,
+)
 from benchmarks.worlds import N_OUTCOMES
 
 Row = dict[str, Any]
@@ -112,7 +124,7 @@ def aggregate_table(results: list[Result], scale: dict[str, tuple[float, float]]
             row |= {"mean over training": area.value, "its 95% low": area.low, "its 95% high": area.high}
             if algorithm != reference:
                 row |= {f"P(better than {reference})": better.value, "P 95% low": better.low, "P 95% high": better.high}
-            table.append(row | {"cells": [it for it in results if it.algorithm == algorithm and it.task in scale]})
+            table.append(row | {"cells": [it for of_seed in complete_runs(results, algorithm, scale) for it in of_seed]})
     return table
 
 
@@ -247,9 +259,11 @@ def notes(results: list[Result], folder: Path, scale: dict[str, tuple[float, flo
     episodes = sorted({it.meta["cell"]["n_eval_episodes"] for it in results})
     said = [
         f"Each evaluation: {' or '.join(map(str, episodes))} episodes from the same start states, on a separate environment.",
-        f"Normalised return: 1 is {reference}'s mean final return; 0 is "
+        f"Normalised return: 1 is {unit(scale, reference)}; 0 is "
         + ", ".join(f"{zero:.0f} on {task} (1 is {one:.0f})" for task, (zero, one) in scale.items())
-        + ".",
+        + "."
+        if scale
+        else f"No aggregate: no seed of {reference} has all of its tasks.",
         f"Intervals: 95 %, stratified bootstrap over seeds, {N_RESAMPLES} resamples.",
         "IQM: interquartile mean; with fewer than four scores, the mean.",
         f"Machines: {', '.join(machines)}. Devices: {', '.join(several['device'])}.",
@@ -261,10 +275,19 @@ def notes(results: list[Result], folder: Path, scale: dict[str, tuple[float, flo
             f"Seeds per task and algorithm: {' to '.join(map(str, sorted({min(seeds), max(seeds)})))}. "
             "With fewer than 5, intervals are too narrow; with one there are none."
         )
-    if left_out:
+    if left_out and scale:
         said.append(f"Without all of {', '.join(scale)}, hence in no aggregate: {', '.join(left_out)}.")
     failed = sorted(str(file.parent.relative_to(folder)) for file in folder.glob("*/*/seed*/error.txt"))
     return said + ([f"Failed cells: {', '.join(failed)}."] if failed else [])
+
+
+def unit(scale: dict[str, tuple[float, float]], reference: str) -> str:
+    """
+    :param scale: zero and one of each task
+    :param reference: algorithm to normalise by
+    :return: what one is in a normalised return
+    """
+    return "1000" if all(one == 1000.0 for _, one in scale.values()) else f"{reference}'s mean end, deterministic"
 
 
 def draw(results: list[Result], scale: dict[str, tuple[float, float]], reference: str) -> Iterator[tuple[str, str, Figure]]:
@@ -284,14 +307,15 @@ def draw(results: list[Result], scale: dict[str, tuple[float, float]], reference
     )
     curves = normalised(results, scale, "deterministic")
     finals = {name: runs[..., -1] for name, runs in curves.items()}
-    steps = next(it for it in results if it.task in scale).rows("deterministic")["step"].to_numpy()
-    yield "efficiency", "All tasks together.", figures.sample_efficiency(curves, steps, reference)
-    yield "aggregate", "Final return. Line: interquartile mean. Bar: 95 % interval.", figures.aggregate(finals, reference)
-    yield (
-        "profiles",
-        "Performance profiles: higher is better at every threshold.",
-        figures.performance_profiles(finals, reference),
-    )
+    if curves:
+        one, steps = unit(scale, reference), results[0].rows("deterministic")["step"].to_numpy()
+        yield "efficiency", "All tasks together.", figures.sample_efficiency(curves, steps, one)
+        yield "aggregate", "Final return. Line: interquartile mean. Bar: 95 % interval.", figures.aggregate(finals, one)
+        yield (
+            "profiles",
+            "Performance profiles: higher is better at every threshold.",
+            figures.performance_profiles(finals, one),
+        )
     if len(finals) > 1:
         caption = f"Probability that a run is better than a run of {reference} on the same task."
         yield "probability", caption, figures.probability(finals, reference)

@@ -1,7 +1,7 @@
 """From folders of cells to numbers with intervals. The statistics are rliable's (Agarwal et al., 2021, arXiv:2108.13264)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -140,19 +140,39 @@ def profile(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return (scores[..., None] > thresholds).mean(axis=(0, 1))
 
 
+def complete_runs(results: list[Result], algorithm: str, tasks: Iterable[str]) -> list[list[Result]]:
+    """
+    :param results: all results
+    :param algorithm: an algorithm
+    :param tasks: tasks
+    :return: for each seed that the algorithm has on all the tasks, its results in their order
+    """
+    by_seed: dict[int, dict[str, Result]] = {}
+    for it in results:
+        if it.algorithm == algorithm:
+            by_seed.setdefault(it.meta["cell"]["seed"], {})[it.task] = it
+    return [[runs[task] for task in tasks] for runs in by_seed.values() if set(tasks) <= runs.keys()]
+
+
 def scales(results: list[Result], reference: str) -> dict[str, tuple[float, float]]:
     """
-    What counts as 0 and as 1 in the normalised return of each task: one is the reference's mean final return. Zero is
-    zero, or the untrained reference where its final return is not positive, as no ratio can be taken there; if training made
-    the reference no better either, zero lies as far below one as one below zero (or by 1), so that more is still better.
+    What counts as 0 and as 1 in the normalised return of each task: one is the reference's mean final return, deterministic,
+    over the seeds that it has on all of its tasks. Zero is zero, or the untrained reference where its final return is not
+    positive, as no ratio can be taken there; if training made the reference no better either, zero lies as far below one as
+    one below zero (or by 1), so that more is still better. In dm_control one is 1000, the most that an episode can give.
 
     :param results: all results
     :param reference: algorithm to normalise by
-    :return: (zero, one) by task
+    :return: (zero, one) by task; none if the reference has no seed on all of its tasks
     """
     found = {}
-    for task in dict.fromkeys(it.task for it in results if it.algorithm == reference):
-        curves = np.array([it.curve("deterministic") for it in results if (it.algorithm, it.task) == (reference, task)])
+    tasks = dict.fromkeys(it.task for it in results if it.algorithm == reference)
+    for runs in zip(*complete_runs(results, reference, tasks), strict=True):
+        task = runs[0].task
+        if task.startswith("dm_control/"):
+            found[task] = (0.0, 1000.0)
+            continue
+        curves = np.array([it.curve("deterministic") for it in runs])
         one = float(curves[:, -1].mean())
         untrained = float(curves[:, 0].mean())
         found[task] = (0.0 if one > 0 else untrained if untrained < one else one - max(-one, 1.0), one)
@@ -161,24 +181,21 @@ def scales(results: list[Result], reference: str) -> dict[str, tuple[float, floa
 
 def normalised(results: list[Result], scale: dict[str, tuple[float, float]], mode: str) -> dict[str, np.ndarray]:
     """
-    Algorithms that have every task of ``scale``, with the seeds that they have on all of them.
+    Algorithms that have every task of ``scale`` with some seed.
 
     :param results: all results
     :param scale: from :func:`scales`
     :param mode: "deterministic" or "sampled"
     :return: by algorithm, normalised learning curves of shape (runs, tasks, E)
     """
-    curves: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-    for it in results:
-        if it.task in scale:
-            zero, one = scale[it.task]
-            of_seed = curves.setdefault(it.algorithm, {}).setdefault(it.meta["cell"]["seed"], {})
-            of_seed[it.task] = (it.curve(mode) - zero) / (one - zero)
-    complete = {
-        algorithm: [[tasks[task] for task in scale] for tasks in seeds.values() if set(tasks) == set(scale)]
-        for algorithm, seeds in curves.items()
+    if not scale:
+        return {}
+    zero, one = np.array(list(scale.values())).T[..., None]
+    return {
+        algorithm: (np.array([[it.curve(mode) for it in of_seed] for of_seed in runs]) - zero) / (one - zero)
+        for algorithm in dict.fromkeys(it.algorithm for it in results)
+        if (runs := complete_runs(results, algorithm, scale))
     }
-    return {algorithm: np.array(runs) for algorithm, runs in complete.items() if runs}
 
 
 def improvement(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

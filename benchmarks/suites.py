@@ -17,7 +17,8 @@ import benchmarks.worlds  # noqa: F401  (registers its environments)
 from benchmarks.algorithms import algorithm_class
 
 SUITES = Path(__file__).parent / "suites"
-SUITE_KEYS = ("n_timesteps", "eval_freq", "n_eval_episodes", "seeds", "tasks", "algorithms")
+NUMBER_KEYS = ("n_timesteps", "eval_freq", "n_eval_episodes")
+SUITE_KEYS = (*NUMBER_KEYS, "seeds", "tasks", "algorithms")
 NOISE: dict[str, Callable[..., ActionNoise]] = {
     "normal": NormalActionNoise,
     "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise,
@@ -98,28 +99,30 @@ def check_hyperparams(algorithm: str, hyperparams: dict[str, Any]) -> None:
     """
     :param algorithm: name in ``ALGORITHMS``, with or without a label
     :param hyperparams: rl-zoo hyperparameters
-    :raises ValueError: for an unknown key, policy, noise, or a ``policy_kwargs`` or ``score_target`` that cannot be read
+    :raises ValueError: for an unknown key, policy, noise or wrapper, a text where a number belongs, or a ``policy_kwargs`` or
+        ``score_target`` that cannot be read
     """
     cls = algorithm_class(algorithm)
-    check_known(
-        f"hyperparameter of {algorithm}",
-        hyperparams,
-        sorted((constructor_arguments(cls) - RUNNER_KEYS) | ZOO_KEYS),
-    )
+    defaults = constructor_arguments(cls)
+    check_known(f"hyperparameter of {algorithm}", hyperparams, sorted((defaults.keys() - RUNNER_KEYS) | ZOO_KEYS))
+    for name, value in hyperparams.items():
+        if isinstance(value, str) and isinstance(defaults.get(name), int | float):
+            raise ValueError(f"{name} of {algorithm} must be a number, got the text {value!r}; in YAML write !!float 3e-4")
     check_known(f"policy of {algorithm}", [hyperparams.get("policy")], cls.policy_aliases)
     check_known(f"noise_type of {algorithm}", [hyperparams.get("noise_type", "normal")], NOISE)
     read_policy_kwargs(hyperparams)
-    read_score_target(hyperparams)
+    for name in ("score_target", "env_wrapper"):
+        read_function(name, hyperparams)
 
 
-def constructor_arguments(cls: type) -> set[str]:
+def constructor_arguments(cls: type) -> dict[str, Any]:
     """
     :param cls: a class
-    :return: names of its constructor's arguments, and of those that it hands on to its base class as ``**kwargs``
+    :return: defaults of its constructor's arguments, and of those that it hands on to its base class as ``**kwargs``
     """
     arguments = inspect.signature(cls).parameters.values()
-    names = {it.name for it in arguments if it.kind is not it.VAR_KEYWORD}
-    return names if len(names) == len(arguments) else names | constructor_arguments(cls.__mro__[1])
+    defaults = {it.name: it.default for it in arguments if it.kind is not it.VAR_KEYWORD}
+    return defaults if len(defaults) == len(arguments) else constructor_arguments(cls.__mro__[1]) | defaults
 
 
 def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
@@ -135,19 +138,20 @@ def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"policy_kwargs {text!r} cannot be read: {error}") from error
 
 
-def read_score_target(hyperparams: dict[str, Any]) -> Any:
+def read_function(name: str, hyperparams: dict[str, Any]) -> Any:
     """
-    :param hyperparams: rl-zoo hyperparameters; a dotted ``score_target`` names a function, as in ``benchmarks.targets``
-    :return: the function, or ``score_target`` as it is
+    :param name: ``score_target`` or ``env_wrapper``
+    :param hyperparams: rl-zoo hyperparameters; a text with a dot names a function, as in ``benchmarks.targets``
+    :return: the function, or the value as it is
     :raises ValueError: if nothing has the dotted name
     """
-    value = hyperparams.get("score_target")
+    value = hyperparams.get(name)
     if not isinstance(value, str) or "." not in value:
         return value
     try:
         return resolve_name(value)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"score_target {value!r} must be a target of QSM or name a function: {error}") from error
+        raise ValueError(f"{name} {value!r} names no function: {error}") from error
 
 
 def register_environments(tasks: Iterable[str]) -> None:
@@ -175,6 +179,11 @@ def read_suite(suite: str) -> list[Cell]:
     for key in SUITE_KEYS:
         if key not in content:
             raise ValueError(f"{file.name} lacks {key!r}")
+    for key in NUMBER_KEYS:
+        value = content[key]
+        if not isinstance(value, int | float) or value < 1 or value != int(value):
+            raise ValueError(f"{key} in {file.name} must be a whole number of at least 1, got {value!r}")
+        content[key] = int(value)  # rl-zoo writes !!float 1e6
     register_environments(content["tasks"])
     check_known("task", content["tasks"], gym.registry)
     cells = []
@@ -189,7 +198,7 @@ def read_suite(suite: str) -> list[Cell]:
             if hyperparams is None:
                 raise ValueError(f"{file.name} has no hyperparameters of {algorithm} for {task!r} and no 'default'")
             check_hyperparams(algorithm, hyperparams)
-            numbers = (content["n_timesteps"], content["eval_freq"], content["n_eval_episodes"])
+            numbers = [content[key] for key in NUMBER_KEYS]
             cells += [Cell(suite, task, algorithm, seed, *numbers, hyperparams) for seed in content["seeds"]]
     order = content["tasks"]
     return sorted(cells, key=lambda cell: (cell.seed, order.index(cell.task)))

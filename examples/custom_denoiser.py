@@ -2,6 +2,7 @@
 A denoiser of your own in twenty lines: here each action dimension gets its own small network, so that the number of
 weights grows only linearly with the number of dimensions. About two minutes:
 
+    pip install -e ".[zoo]"  # for matplotlib and the progress bar
     python examples/custom_denoiser.py
 """
 

@@ -3,6 +3,7 @@ The picture that explains the method: one state, four equally good actions.
 
 SAC's policy is one Gaussian and cannot say "one of these four"; a diffusion policy can. Takes about two minutes:
 
+    pip install -e ".[zoo]"  # for matplotlib and the progress bar
     python examples/four_goals.py
 """
 

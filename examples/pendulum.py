@@ -1,6 +1,7 @@
 """
 Train, save, load, evaluate: about two minutes on a laptop.
 
+    pip install -e ".[zoo]"  # for matplotlib and the progress bar
     python examples/pendulum.py
 """
 

@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 import gymnasium as gym
 import numpy as np
 import pytest
+import rl_zoo3
 import torch as th
 import yaml
 from gymnasium.utils.env_checker import check_env
@@ -30,7 +31,7 @@ from benchmarks.cells import make_model, run_cell
 from benchmarks.executors import ROOT, run_ray
 from benchmarks.figures import colors, panels
 from benchmarks.pictures import START, reverse_chain, world_pictures
-from benchmarks.report import save_table, seed_table, write_report
+from benchmarks.report import aggregate_table, save_table, seed_table, write_report
 from benchmarks.results import estimate, improvement, iqm, normalised, profile, read_results, scales, spread
 from benchmarks.suites import SUITES, read_suite, select
 from benchmarks.worlds import GOALS, N_OUTCOMES, MultiGoal
@@ -91,14 +92,38 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         ({"algorithms": {"td3": {"default": {"policy": "MlpPolicy", "policy_kwargs": "dict("}}}}, "'dict\\(' cannot be read"),
         (
             {"algorithms": {"qsm": {"default": {"policy": "MlpPolicy", "score_target": "benchmarks.targets.nowhere"}}}},
-            "score_target 'benchmarks.targets.nowhere' must be .* 'nowhere'",
+            "score_target 'benchmarks.targets.nowhere' names no function: .* 'nowhere'",
         ),
+        (
+            {"algorithms": {"sac": {"default": {"policy": "MlpPolicy", "env_wrapper": "benchmarks.worlds.nowhere"}}}},
+            "env_wrapper 'benchmarks.worlds.nowhere' names no function: .* 'nowhere'",
+        ),
+        (
+            {"algorithms": {"dipo": {"default": {"policy": "MlpPolicy", "tau": "5e-3"}}}},
+            "tau of dipo must be a number, got the text '5e-3'; in YAML write !!float",
+        ),
+        ({"n_timesteps": "1e5"}, r"n_timesteps in tiny\.yml must be a whole number of at least 1, got '1e5'"),
+        ({"eval_freq": 0.5}, r"eval_freq in tiny\.yml must be a whole number of at least 1, got 0.5"),
     ],
 )
 def test_bad_suite_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         main(["run", write_suite(tmp_path, **changes), "--out", str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.yml"], "nothing may start"
+
+
+def test_number_of_steps_as_in_rl_zoo(tmp_path):
+    """``!!float 1e6`` is a float in YAML and a number of steps."""
+    assert {repr(cell.n_timesteps) for cell in read_suite(write_suite(tmp_path, n_timesteps=1e6))} == {"1000000"}
+
+
+@pytest.mark.parametrize("algorithm", ["sac", "td3", "tqc"])
+@pytest.mark.parametrize("robot", ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"])
+def test_settings_of_the_rivals_are_those_of_rl_zoo(algorithm, robot):
+    theirs = yaml.safe_load((Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algorithm}.yml").read_text())
+    ours = yaml.safe_load((SUITES.parent / "hyperparams" / f"{algorithm}.yml").read_text())
+    expected = {key: value for key, value in theirs[f"{robot}-v4"].items() if key != "n_timesteps"}
+    assert ours.get(f"{robot}-v5", ours["default"]) == expected
 
 
 def test_missing_key_is_refused(tmp_path):
@@ -180,6 +205,15 @@ def test_peak_memory_is_that_of_the_process_itself():
     assert after - before == pytest.approx(300, abs=20)
 
 
+def test_no_evaluation_beyond_the_last_step(tmp_path):
+    """SB3 finishes its rollout of 64 steps: 250 are asked for and 256 are taken."""
+    rollouts = {"sac": {"default": {**SUITE["algorithms"]["sac"]["default"], "train_freq": 64, "gradient_steps": 1}}}
+    cell = read_suite(write_suite(tmp_path, algorithms=rollouts))[0]
+    assert run_cell(cell, tmp_path)
+    steps = [row["step"] for row in rows(tmp_path / cell.folder / "evaluations.csv")]
+    assert steps == [step for step in ("0", "100", "200", "250") for _ in range(2)]
+
+
 def test_evaluation_does_not_change_training(tmp_path):
     cell = read_suite(write_suite(tmp_path))[0]
     run_cell(cell, tmp_path)
@@ -225,10 +259,13 @@ def test_killed_runner_leaves_nothing_half_written(tmp_path):
 
 def test_killed_worker_is_noted_and_redone(tmp_path):
     suite = write_suite(tmp_path, seeds=[0], n_timesteps=1_000_000)
+    folder = tmp_path / "tiny/Pendulum-v1/td3"
+    (folder / "seed0").mkdir(parents=True)
+    (folder / "seed0/error.txt").write_text("last week")
     command = [sys.executable, "-m", "benchmarks", "run", suite, "--algos", "td3", "--out", str(tmp_path)]
     runner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    folder = tmp_path / "tiny/Pendulum-v1/td3"
     wait_for(lambda: (folder / ".seed0.tmp").exists(), runner)
+    assert not (folder / "seed0/error.txt").exists(), "the error of an earlier attempt says nothing about this one"
     worker = subprocess.run(["pgrep", "-P", str(runner.pid)], capture_output=True, text=True, check=True).stdout
     os.kill(int(worker), signal.SIGKILL)
     assert runner.wait() == 1
@@ -489,7 +526,7 @@ def test_report_traces_every_number(page):
         qsm, sac = list(csv.DictReader(lines))[:2]
     assert (qsm["algorithm"], float(qsm["final"]), float(qsm["P(better than sac)"])) == ("qsm", 1.75, 1.0)
     assert float(sac["final"]) == 1.0
-    assert qsm["cells"].split() == [f"{task}/qsm/seed{seed}" for task in ("Down-v0", "Up-v0") for seed in (0, 1)]
+    assert qsm["cells"].split() == [f"{task}/qsm/seed{seed}" for seed in (0, 1) for task in ("Down-v0", "Up-v0")]
     tasks = {(row["task"], row["algorithm"], row["actions"]): row for row in rows(page.parent / "tasks.csv")}
     assert tasks["Up-v0", "qsm", "deterministic"]["steps to sac's end"] == "100"
     assert tasks["Up-v0", "td3", "deterministic"]["steps to sac's end"] == "-"
@@ -525,9 +562,44 @@ def test_a_folder_with_two_evaluation_grids_is_refused(tmp_path):
         read_results(tmp_path / "tiny")
 
 
+def test_report_of_an_unfinished_matrix(tmp_path):
+    """No seed of the reference has all tasks: the tables of single tasks are there, and the page says what is missing."""
+    for task, seed in (("Up-v0", 0), ("Down-v0", 1)):
+        for algorithm in ("sac", "qsm"):
+            write_result(tmp_path, task, algorithm, seed, (0.0, 90.0))
+    page = write_report(tmp_path / "tiny")
+    assert "No aggregate: no seed of sac has all of its tasks." in page.read_text()
+    assert len(rows(page.parent / "seeds.csv")) == 4 and not (page.parent / "aggregate.csv").exists()
+
+
+def test_one_choice_of_seeds(tmp_path):
+    """A seed that lacks a task counts neither for the scale nor for a score, and is not named."""
+    for seed, end in ((0, 100.0), (1, 300.0)):
+        write_result(tmp_path, "Up-v0", "sac", seed, (0.0, end))
+    write_result(tmp_path, "Down-v0", "sac", 0, (0.0, 50.0))
+    results = read_results(tmp_path / "tiny")
+    scale = scales(results, "sac")
+    assert scale == {"Down-v0": (0.0, 50.0), "Up-v0": (0.0, 100.0)}
+    sampled, deterministic = aggregate_table(results, scale, "sac")
+    assert (sampled["final"], sampled["seeds"]) == (deterministic["final"], deterministic["seeds"]) == (1.0, 1)
+    assert [it.name for it in sampled["cells"]] == ["Down-v0/sac/seed0", "Up-v0/sac/seed0"]
+
+
+def test_scale_of_dm_control(tmp_path):
+    """Its returns have a scale of their own; a ratio to a rival that has hardly begun to learn would be any number."""
+    write_result(tmp_path, "dm_control-hopper-hop-v0", "sac", 0, (0.0, 0.2))
+    meta = tmp_path / "tiny" / "dm_control-hopper-hop-v0" / "sac" / "seed0" / "meta.json"
+    meta.write_text(meta.read_text().replace("dm_control-", "dm_control/"))
+    assert scales(read_results(tmp_path / "tiny"), "sac") == {"dm_control/hopper-hop-v0": (0.0, 1000.0)}
+
+
 @pytest.mark.parametrize("suite", ["mujoco-100k", "mujoco-300k", "dmc-100k"])
 def test_results_page_has_the_measured_numbers(suite, tmp_path):
-    save_table(seed_table(read_results(ROOT / "benchmarks" / "results" / suite), "sac"), "seeds", tmp_path)
+    folder = ROOT / "benchmarks" / "results" / suite
+    command = ["git", "ls-files", "-z", folder]
+    tracked = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"))
+    results = [it for it in read_results(folder) if str((it.folder / "meta.json").relative_to(ROOT)) in tracked]
+    save_table(seed_table(results, "sac"), "seeds", tmp_path)
     assert (tmp_path / "seeds.md").read_text() in (ROOT / "docs" / "results.md").read_text()
 
 
@@ -565,7 +637,8 @@ def test_legend_of_every_rival_is_in_the_figure(n_panels):
         box = text.get_window_extent()
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text.get_text()
         assert box.y0 >= max(ax.get_window_extent().y1 for ax in axes), "above the panels"
-    assert len(set(colors(list(ALGORITHMS)).values())) == len(ALGORITHMS)
+    names = [*ALGORITHMS, *(f"qsm-{i}" for i in range(30))]
+    assert len(set(colors(names).values())) == len(names)
 
 
 def test_empty_folder_is_refused(tmp_path):
@@ -587,7 +660,7 @@ def test_pictures_of_a_trained_world(tmp_path):
 
 
 def test_reverse_chain_ends_in_what_the_policy_does(tmp_path):
-    model = QSM("MlpPolicy", "MultiGoal-v0", seed=0, learning_starts=10).learn(30)
+    model = QSM("MlpPolicy", "MultiGoal-v0", seed=0, learning_starts=10, device="cpu").learn(30)
     th.manual_seed(0)
     chain = reverse_chain(model, START["MultiGoal-v0"])
     th.manual_seed(0)

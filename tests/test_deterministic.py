@@ -96,4 +96,3 @@ def test_prediction_does_not_touch_the_weights():
     before = {name: value.clone() for name, value in state(model).items()}
     model.predict(np.zeros((5, 3), dtype=np.float32))
     assert all(th.equal(value, before[name]) for name, value in state(model).items())
-    assert all(not parameter.grad.isnan().any() for parameter in model.online_actor.parameters() if parameter.grad is not None)

@@ -75,7 +75,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
         "gamma",
         "tau",
     ]
-    model = QSM("MlpPolicy", SpacesOnly(), policy_kwargs=policy_kwargs, **{key: paper[key] for key in keys if key in paper})
+    model = QSM(
+        "MlpPolicy",
+        SpacesOnly(),
+        policy_kwargs=policy_kwargs,
+        device="cpu",
+        **{key: paper[key] for key in keys if key in paper},
+    )
     model.set_logger(configure(None, []))
     plain_values = {f"{name}.scale": th.ones(()) for name in ("critic", "critic_target")}
     weights = authors_weights("before", "") | plain_values

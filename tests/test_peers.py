@@ -53,8 +53,8 @@ def test_bandit_is_learnt(cls):
     model = bandit_model(cls)
     before = distance_to_optimum(model)
     model.train(250, 64)
-    # Not sharper, by design: Diffusion-QL imitates the random actions, too, and QVPO uniform ones
-    assert distance_to_optimum(model) < 0.4 < before
+    # QVPO imitates uniform actions, too, and noise is added to those of the DACER-style method
+    assert distance_to_optimum(model) < {QVPO: 0.5, DACERStyle: 0.7}.get(cls, 0.3) < before
 
 
 @pytest.mark.parametrize("cls", PEERS)

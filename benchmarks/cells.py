@@ -249,6 +249,7 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
     (folder / "progress.csv").rename(folder / "training.csv")
     meta = {
         "cell": asdict(cell),
+        "defaults": cell.defaults,
         "command": " ".join(cell.command()),
         "git_revision": revision,
         "started": recorder.started,

@@ -57,6 +57,12 @@ class Cell:
         """Where the result lies, relative to the results folder."""
         return Path(Path(self.suite).stem, self.task.replace("/", "-"), self.algorithm, f"seed{self.seed}")
 
+    @property
+    def defaults(self) -> dict[str, str]:
+        """Arguments of the algorithm that ``hyperparams`` leaves to its constructor, as text."""
+        arguments = constructor_arguments(algorithm_class(self.algorithm))
+        return {key: repr(value) for key, value in arguments.items() if key not in RUNNER_KEYS | self.hyperparams.keys()}
+
     def command(self, python: str = "python") -> list[str]:
         """The command that trains this cell alone."""
         name = [self.suite, "--tasks", self.task, "--algos", self.algorithm, "--seeds", str(self.seed)]
@@ -72,13 +78,15 @@ class Cell:
         meta = out / self.folder / "meta.json"
         if not meta.exists():
             return False
-        wanted, found = json.loads(json.dumps(asdict(self))), json.loads(meta.read_text())["cell"]
-        for key in wanted.keys() - {"suite"}:
-            if wanted[key] != found[key]:
-                raise ValueError(
-                    f"{meta.parent} was made with {key} {found[key]!r}, not {wanted[key]!r}: "
-                    f"move it away or choose another --out"
-                )
+        content = json.loads(meta.read_text())
+        wanted, found = json.loads(json.dumps(asdict(self))), content["cell"]
+        differences = [(key, found[key], wanted[key]) for key in wanted.keys() - {"suite"} if found[key] != wanted[key]]
+        noted = content.get("defaults", {})  # older results have none
+        differences += [
+            (f"default {key}", noted[key], now) for key, now in self.defaults.items() if noted.get(key, now) != now
+        ]
+        for key, then, now in differences:
+            raise ValueError(f"{meta.parent} was made with {key} {then!r}, not {now!r}: move it away or choose another --out")
         return True
 
 
@@ -198,8 +206,8 @@ def read_suite(suite: str) -> list[Cell]:
             if hyperparams is None:
                 raise ValueError(f"{file.name} has no hyperparameters of {algorithm} for {task!r} and no 'default'")
             check_hyperparams(algorithm, hyperparams)
-            numbers = [content[key] for key in NUMBER_KEYS]
-            cells += [Cell(suite, task, algorithm, seed, *numbers, hyperparams) for seed in content["seeds"]]
+            steps, eval_freq, episodes = (content[key] for key in NUMBER_KEYS)
+            cells += [Cell(suite, task, algorithm, seed, steps, eval_freq, episodes, hyperparams) for seed in content["seeds"]]
     order = content["tasks"]
     return sorted(cells, key=lambda cell: (cell.seed, order.index(cell.task)))
 

@@ -231,6 +231,10 @@ def test_finished_cell_is_neither_redone_nor_overwritten(tmp_path):
     assert (tmp_path / cell.folder / "meta.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="was made with n_timesteps 250, not 300"):
         run_cell(replace(cell, n_timesteps=300), tmp_path)
+    meta = tmp_path / cell.folder / "meta.json"
+    meta.write_text(meta.read_text().replace('"tau": "0.005"', '"tau": "0.01"'))
+    with pytest.raises(ValueError, match=r"was made with default tau '0.01', not '0.005': move it away"):
+        run_cell(cell, tmp_path)
 
 
 def test_failed_cell_keeps_its_traceback_and_the_others_run(tmp_path):

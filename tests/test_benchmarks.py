@@ -601,8 +601,11 @@ def test_scale_of_dm_control(tmp_path):
 def test_results_page_has_the_measured_numbers(suite, tmp_path):
     folder = ROOT / "benchmarks" / "results" / suite
     command = ["git", "ls-files", "-z", folder]
-    tracked = set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"))
-    results = [it for it in read_results(folder) if str((it.folder / "meta.json").relative_to(ROOT)) in tracked]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # fails where there is no checkout: then all
+    tracked = set(listing.stdout.split("\0"))
+    results = read_results(folder)
+    if listing.returncode == 0:
+        results = [it for it in results if str((it.folder / "meta.json").relative_to(ROOT)) in tracked]
     save_table(seed_table(results, "sac"), "seeds", tmp_path)
     assert (tmp_path / "seeds.md").read_text() in (ROOT / "docs" / "results.md").read_text()
 

@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 
 ENV ?= InvertedDoublePendulum-v5
 STEPS ?= 15000
-EVAL_FREQ ?= $(shell echo $$(( ($(STEPS) + 19) / 20 )))
+N_STEPS = $(shell printf %.0f $(STEPS) || echo $(STEPS))# STEPS=1e6, too
+EVAL_FREQ ?= $(shell echo $$(( ($(N_STEPS) + 19) / 20 )))
 ARGS ?=
 
 SUITE ?= sb3
@@ -16,7 +17,7 @@ LINT_PATHS = sb3_qsm tests examples benchmarks
 export PYTHONHASHSEED = 0
 
 train: $(VENV)/.zoo
-	$(BIN)/python -m sb3_qsm.zoo train --algo qsm --env $(ENV) -n $(STEPS) --eval-freq $(EVAL_FREQ) \
+	$(BIN)/python -m sb3_qsm.zoo train --algo qsm --env $(ENV) -n $(N_STEPS) --eval-freq $(EVAL_FREQ) \
 		--tensorboard-log logs/tensorboard --progress $(ARGS)
 	$(BIN)/python -m sb3_qsm.zoo plot logs
 

@@ -597,6 +597,12 @@ def test_scale_of_dm_control(tmp_path):
     assert scales(read_results(tmp_path / "tiny"), "sac") == {"dm_control/hopper-hop-v0": (0.0, 1000.0)}
 
 
+@pytest.mark.parametrize("suite", ["mujoco-100k", "mujoco-300k", "dmc-100k", "ablation"])
+def test_results_are_of_todays_settings(suite):
+    """Where a result notes the constructor's defaults, they are today's, and so are its hyperparameters."""
+    assert any([cell.is_finished(ROOT / "benchmarks" / "results") for cell in read_suite(suite)])
+
+
 @pytest.mark.parametrize("suite", ["mujoco-100k", "mujoco-300k", "dmc-100k"])
 def test_results_page_has_the_measured_numbers(suite, tmp_path):
     folder = ROOT / "benchmarks" / "results" / suite

@@ -557,6 +557,16 @@ def test_actor_follows_the_online_critics(score_target):
     assert all(parameter.grad is None for parameter in model.critic.parameters())
 
 
+def test_entropy_is_the_sum_over_dimensions():
+    model = build(env="Reacher-v5", policy_kwargs=LINEAR_CRITIC, ent_coef=0.5)
+    model.set_logger(Logger(None, []))
+    set_critic(model.critic, slopes=[2.0, 2.0], values=[0.0, 0.0])  # in the last of two dimensions
+    model._actor_loss(BATCH._replace(observations=th.zeros(2, 10), actions=th.zeros(2, 2)))
+    model._log_metrics()
+    expected = box_entropy(th.tensor(2.0 / 0.5)).item() + math.log(2)
+    assert model.logger.name_to_value["train/entropy"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("score_target", SCORE_TARGETS)
 def test_actor_loss_by_hand(score_target):
     """A denoiser that answers 0 leaves a_0 = c_skip a_t, whose distance to the target is the loss."""

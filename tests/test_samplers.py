@@ -141,7 +141,11 @@ def test_what_is_clipped(sampler):
 
     def chain(guess):
         seen = []
-        denoise = lambda x_t, t: seen.append(x_t.item()) or th.full_like(x_t, guess)  # noqa: E731
+
+        def denoise(x_t, t):
+            seen.append(x_t.item())
+            return th.full_like(x_t, guess)
+
         assert SAMPLERS[sampler](denoise, schedule, x_T, noise, 0.5).item() == 0.5
         return seen[1:]
 

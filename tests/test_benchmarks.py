@@ -25,6 +25,7 @@ pytest.importorskip("sb3_contrib")
 
 from rliable.metrics import aggregate_iqm, probability_of_improvement
 
+from benchmarks import variants
 from benchmarks.__main__ import main
 from benchmarks.algorithms import ALGORITHMS
 from benchmarks.cells import make_model, run_cell
@@ -607,17 +608,29 @@ def test_results_are_of_todays_settings(suite):
     assert any([cell.is_finished(ROOT / "benchmarks" / "results") for cell in shipped_suite(suite)])
 
 
+def committed_results(suite):
+    """Results of the suite that a fresh clone has, whatever was run here since; all where there is no checkout."""
+    folder = ROOT / "benchmarks" / "results" / suite
+    listing = subprocess.run(["git", "ls-files", "-z", folder], cwd=ROOT, capture_output=True, text=True)
+    tracked = set(listing.stdout.split("\0"))
+    return [
+        it for it in read_results(folder) if listing.returncode or str((it.folder / "meta.json").relative_to(ROOT)) in tracked
+    ]
+
+
 @pytest.mark.parametrize("suite", ["mujoco-100k", "mujoco-300k", "dmc-100k"])
 def test_results_page_has_the_measured_numbers(suite, tmp_path):
-    folder = ROOT / "benchmarks" / "results" / suite
-    command = ["git", "ls-files", "-z", folder]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # fails where there is no checkout: then all
-    tracked = set(listing.stdout.split("\0"))
-    results = read_results(folder)
-    if listing.returncode == 0:
-        results = [it for it in results if str((it.folder / "meta.json").relative_to(ROOT)) in tracked]
-    save_table(seed_table(results, "sac"), "seeds", tmp_path)
+    save_table(seed_table(committed_results(suite), "sac"), "seeds", tmp_path)
     assert (tmp_path / "seeds.md").read_text() in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_ablation_table_has_the_measured_numbers():
+    header, *rows = variants.table(committed_results("ablation"), committed_results("mujoco-100k"))
+    order = [header.index(key) for key in ("HalfCheetah-v5", "Hopper-v5", "Ant-v5", "end", "over training")]
+    whole = [[row[column] for column in order] for row in rows if row[-1]]  # with all tasks and seeds
+    assert len(whole) == 14, "the default and thirteen changed parts"
+    page = (ROOT / "docs" / "algorithm.md").read_text()
+    assert [row for row in whole if f"| {' | '.join(row)} |\n" not in page] == []
 
 
 def test_report_opens_in_a_browser(page, tmp_path):

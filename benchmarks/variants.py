@@ -4,7 +4,7 @@ benchmarks/results/ablation benchmarks/results/mujoco-100k``, whose first steps 
 """
 
 import argparse
-from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from benchmarks.results import MODES, Result, read_results
 Curves = dict[tuple[str, int], np.ndarray]
 
 
-def learnt_curves(results: Iterable[Result], algorithm: str, n_timesteps: int) -> Curves:
+def learnt_curves(results: list[Result], algorithm: str, n_timesteps: int) -> Curves:
     """
     :param results: all results
     :param algorithm: name of the algorithm, with its label
@@ -30,21 +30,16 @@ def learnt_curves(results: Iterable[Result], algorithm: str, n_timesteps: int) -
     return curves
 
 
-def ratios(ours: Curves, default: Curves) -> tuple[np.ndarray, np.ndarray]:
+def ratios(ours: np.ndarray, default: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    :param ours: curves of a variant
-    :param default: curves of the default, with each task and seed that the variant has
+    :param ours: mean returns of a variant, shape (tasks, seeds, 2, E)
+    :param default: the default's, same shape
     :return: mean over tasks of the ratio of means over seeds, deterministic and sampled: at the end, and over training
     """
-    tasks = dict.fromkeys(task for task, _ in ours)
-
-    def level(curves: Curves, task: str) -> np.ndarray:
-        return np.mean([curves[key] for key in ours if key[0] == task], axis=0)
-
-    levels = [(level(ours, task), level(default, task)) for task in tasks]
-    end = np.mean([our[:, -1] / its[:, -1] for our, its in levels], axis=0)
-    training = np.mean([our.mean(axis=1) / its.mean(axis=1) for our, its in levels], axis=0)
-    return end, training
+    ours, default = ours.mean(axis=1), default.mean(axis=1)
+    end = ours[..., -1] / default[..., -1]
+    training = ours.mean(axis=-1) / default.mean(axis=-1)
+    return end.mean(axis=0), training.mean(axis=0)
 
 
 def table(variants: list[Result], defaults: list[Result]) -> list[list[str]]:
@@ -53,24 +48,27 @@ def table(variants: list[Result], defaults: list[Result]) -> list[list[str]]:
     :param defaults: results that hold the default's, ``qsm``
     :return: titles, then a row for each: its name; for each task the last returns of each seed, deterministic / sampled; with
         all tasks and seeds, the ratios to the default at the end and over training
+    :raises ValueError: if the default lacks a task or a seed
     """
     n_timesteps = variants[0].meta["cell"]["n_timesteps"]
-    tasks = dict.fromkeys(it.task for it in variants)
+    tasks = list(dict.fromkeys(it.task for it in variants))
     seeds = sorted({it.meta["cell"]["seed"] for it in variants})
+    pairs = list(product(tasks, seeds))
     default = learnt_curves(defaults, "qsm", n_timesteps)
+    if missing := [pair for pair in pairs if pair not in default]:
+        raise ValueError(f"defaults lacks qsm on {missing}, expected each task and seed of the variants: {pairs}")
+
+    def array(curves: Curves) -> np.ndarray:
+        return np.array([[curves[task, seed] for seed in seeds] for task in tasks])
+
     rows = [["algorithm", *tasks, "end", "over training"]]
     for name in dict.fromkeys(("qsm", *(it.algorithm for it in variants))):
         curves = default if name == "qsm" else learnt_curves(variants, name, n_timesteps)
-        curves = {(task, seed): curves[task, seed] for task in tasks for seed in seeds if (task, seed) in curves}
-        returns = [
-            ", ".join(
-                " / ".join(f"{value:.0f}" for value in curves[task, seed][:, -1]) if (task, seed) in curves else "-"
-                for seed in seeds
-            )
-            for task in tasks
-        ]
-        whole = len(curves) == len(tasks) * len(seeds)
-        compared = [" / ".join(f"{it:.2f}" for it in ratio) for ratio in ratios(curves, default)] if whole else ["", ""]
+        last = {pair: " / ".join(f"{value:.0f}" for value in curve[:, -1]) for pair, curve in curves.items()}
+        returns = [", ".join(last.get((task, seed), "-") for seed in seeds) for task in tasks]
+        compared = ["", ""]
+        if curves.keys() >= set(pairs):
+            compared = [" / ".join(f"{it:.2f}" for it in ratio) for ratio in ratios(array(curves), array(default))]
         rows.append([name, *returns, *compared])
     return rows
 

@@ -633,6 +633,11 @@ def test_ablation_table_has_the_measured_numbers():
     assert [row for row in whole if f"| {' | '.join(row)} |\n" not in page] == []
 
 
+def test_variants_need_the_defaults_tasks_and_seeds():
+    with pytest.raises(ValueError, match=r"defaults lacks qsm on .*'Ant-v5', 1.*, expected each task and seed"):
+        variants.table(committed_results("ablation"), committed_results("mujoco-30k"))
+
+
 def test_report_opens_in_a_browser(page, tmp_path):
     browser = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
     if browser is None:

@@ -142,7 +142,7 @@ class MLPDenoiser(Denoiser):
         self.layers = nn.Sequential(*_mlp([inputs, *net_arch, action_dim], activation_fn))
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
-        time_features = self.time_net(self.levels)[t].expand(len(features), -1)
+        time_features = self.time_net(self.levels)[t].expand(features.shape[0], -1)
         return self.layers(th.cat([noisy_actions, features, time_features], dim=1))
 
 

@@ -187,12 +187,11 @@ class QSM(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
         follow_gamma(self)
-        n_steps = getattr(self.replay_buffer, "n_steps", 1)
         metrics: dict[str, list[th.Tensor]] = defaultdict(list)
 
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            self.reward_scale.update(replay_data.rewards / n_steps)
+            self.reward_scale.update(rewards_per_step(replay_data, self.gamma))
 
             critic_loss = self._critic_loss(replay_data)
             gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
@@ -329,6 +328,17 @@ def follow_gamma(model: QSM) -> None:
     """
     if "gamma" not in model.replay_buffer_kwargs:
         model.replay_buffer.gamma = model.gamma  # type: ignore[attr-defined]
+
+
+def rewards_per_step(replay_data: ReplayBufferSamples, gamma: float) -> th.Tensor:
+    """
+    :param replay_data: batch of transitions
+    :param gamma: discount factor
+    :return: returns over several steps, divided by the sum of their discounts, shape (B, 1)
+    """
+    if replay_data.discounts is None or gamma == 1:
+        return replay_data.rewards
+    return replay_data.rewards * ((1 - gamma) / (1 - replay_data.discounts))
 
 
 def gradient_step(optimizer: th.optim.Optimizer, loss: th.Tensor, name: str) -> None:

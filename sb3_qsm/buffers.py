@@ -46,8 +46,8 @@ class NStepDictReplayBuffer(NStepReplayBuffer, DictReplayBuffer):  # type: ignor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.observations = Rows(self.observations)  # type: ignore[assignment]
-        self.next_observations = Rows(self.next_observations)  # type: ignore[assignment]
+        self.observations = Rows(self.observations)
+        self.next_observations = Rows(self.next_observations)
 
     def _differs(self, stored: Any, obs: Any) -> np.ndarray:
         differences = [super(NStepDictReplayBuffer, self)._differs(stored[key], obs[key]) for key in stored]

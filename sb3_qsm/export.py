@@ -244,11 +244,11 @@ def _under(prefix: str, tensors: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _boxes(space: spaces.Space) -> list[spaces.Box]:
-    boxes = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+def _boxes(space: spaces.Space) -> list[Any]:
+    boxes = list(space.values()) if isinstance(space, spaces.Dict) else [space]
     if not all(isinstance(box, spaces.Box) for box in boxes):
         raise ValueError(f"observation_space must be a box or a dictionary of boxes, got {space}")
-    return boxes  # type: ignore[return-value]
+    return boxes
 
 
 def _random_inputs(exported: ExportedPolicy, n: int) -> list[th.Tensor]:

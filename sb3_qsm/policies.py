@@ -6,7 +6,6 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actio
 
 import copy
 import operator
-from numbers import Integral
 from typing import Any
 
 import torch as th
@@ -97,15 +96,15 @@ class DiffusionActor(BasePolicy):
             normalize_images=normalize_images,
             squash_output=True,
         )
-        if not isinstance(n_diffusion_steps, Integral) or isinstance(n_diffusion_steps, bool) or n_diffusion_steps < 1:
+        is_integer = hasattr(n_diffusion_steps, "__index__") and not isinstance(n_diffusion_steps, bool)
+        if not is_integer or n_diffusion_steps < 1:
             raise ValueError(f"n_diffusion_steps must be an integer of at least 1, got {n_diffusion_steps!r}")
         n_diffusion_steps = operator.index(n_diffusion_steps)
-        ratios = lookup("noise_schedule", noise_schedule, SCHEDULES)(n_diffusion_steps)
-        rises = ratios.shape == (n_diffusion_steps,) and ratios[0] > 0 and (ratios.diff() > 0).all() and ratios.isfinite().all()
-        if not rises:
-            raise ValueError(
-                f"noise_schedule must return n_diffusion_steps={n_diffusion_steps} positive rising ratios, got {ratios.tolist()}"
-            )
+        ratios: th.Tensor = lookup("noise_schedule", noise_schedule, SCHEDULES)(n_diffusion_steps)
+        steps = ratios.diff(prepend=ratios.new_zeros(1)) if ratios.ndim == 1 else ratios.new_zeros(1)
+        if len(ratios) != n_diffusion_steps or not bool(((steps > 0) & steps.isfinite()).all()):
+            wanted = f"n_diffusion_steps={n_diffusion_steps} positive rising ratios"
+            raise ValueError(f"noise_schedule must return {wanted}, got {ratios.tolist()}")
         self.net_arch = net_arch
         self.features_dim = features_dim
         self.diffusion_kwargs: dict[str, Any] = dict(
@@ -131,7 +130,7 @@ class DiffusionActor(BasePolicy):
         self.average = copy.deepcopy(nn.ModuleDict(self._networks())).requires_grad_(False).eval()
         self.register_buffer("n_averaged", th.zeros(()))
 
-    def _networks(self) -> dict[str, nn.Module]:
+    def _networks(self) -> dict[str, Any]:
         """
         :return: what learns
         """
@@ -168,7 +167,7 @@ class DiffusionActor(BasePolicy):
         :param average: whether to use the running mean of the weights
         :return: (u of shape (B, A), level t) -> clean actions of shape (B, A)
         """
-        networks = self.average if average else self._networks()
+        networks: Any = self.average if average else self._networks()
         predict = networks["denoiser"].condition(self.extract_features(obs, networks["features_extractor"]))
 
         def denoise(u: th.Tensor, t: int) -> th.Tensor:
@@ -222,8 +221,8 @@ class DiffusionActor(BasePolicy):
         for name, network in self._networks().items():
             for mean, weight in zip(self.average[name].parameters(), network.parameters(), strict=True):
                 mean.lerp_(weight, share)
-            for mean, statistic in zip(self.average[name].buffers(), network.buffers(), strict=True):
-                mean.copy_(statistic)
+            for copied, statistic in zip(self.average[name].buffers(), network.buffers(), strict=True):
+                copied.copy_(statistic)
         self.n_averaged += 1
 
     @th.inference_mode()  # a tenth faster than no_grad, with which SB3 calls it, for a chain's many small tensors
@@ -242,22 +241,6 @@ class DiffusionActor(BasePolicy):
         return self
 
 
-class LayerNorm(nn.LayerNorm):
-    """
-    Layer normalisation with gain ``1 + weight``: all weights start at zero, so that a target network's slow copy of them is
-    told apart from the start (SB3's tests compare with a relative tolerance). Learns like the plain one.
-
-    :param size: number of units
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size)
-        nn.init.zeros_(self.weight)
-
-    def forward(self, input: th.Tensor) -> th.Tensor:
-        return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
-
-
 class NormalizedCritic(ContinuousCritic):
     """
     SB3's critics with layer normalisation before each activation.
@@ -269,7 +252,7 @@ class NormalizedCritic(ContinuousCritic):
     def __init__(self, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
-        norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
+        norm: list[type[nn.Module]] = [nn.LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
             layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
@@ -295,12 +278,8 @@ class DiffusionPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether to share the features extractor between the actor and the critic
     :param layer_norm: Whether the critics normalise each hidden layer
-    :param n_diffusion_steps: see :class:`DiffusionActor`, as for all that follow
-    :param noise_schedule: noise levels
-    :param sampler: reverse chain
-    :param preconditioning: what the network predicts
-    :param denoiser_class: network to use
-    :param denoiser_kwargs: keyword arguments for ``denoiser_class``
+    :param diffusion_kwargs: ``n_diffusion_steps``, ``noise_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
+        ``denoiser_kwargs``: see :class:`DiffusionActor`
     """
 
     actor: DiffusionActor
@@ -322,12 +301,7 @@ class DiffusionPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         layer_norm: bool = True,
-        n_diffusion_steps: int = 6,
-        noise_schedule: str | schedules.Schedule = "geometric",
-        sampler: str | Sampler = "ddpm",
-        preconditioning: Any = "edm",
-        denoiser_class: str | type[Denoiser] = "late_fusion",
-        denoiser_kwargs: dict[str, Any] | None = None,
+        **diffusion_kwargs: Any,
     ) -> None:
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             optimizer_kwargs = dict(fused=True)  # a third of the time of the loop over parameters, same result
@@ -346,18 +320,9 @@ class DiffusionPolicy(BasePolicy):
         self.net_arch = [256, 256] if net_arch is None else net_arch
         self.share_features_extractor = share_features_extractor
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        net_args: dict[str, Any] = dict(
-            observation_space=observation_space, action_space=action_space, normalize_images=normalize_images
-        )
-        self.diffusion_kwargs: dict[str, Any] = dict(
-            n_diffusion_steps=n_diffusion_steps,
-            noise_schedule=noise_schedule,
-            sampler=sampler,
-            preconditioning=preconditioning,
-            denoiser_class=denoiser_class,
-            denoiser_kwargs=denoiser_kwargs,
-        )
-        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **self.diffusion_kwargs)
+        net_args = dict(observation_space=observation_space, action_space=action_space, normalize_images=normalize_images)
+        self.diffusion_kwargs = diffusion_kwargs
+        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **diffusion_kwargs)
         self.critic_kwargs = dict(
             net_args,
             net_arch=critic_arch,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.noise import NormalActionNoise
-from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from torch import nn
 
 from sb3_qsm.policies import DiffusionPolicy
@@ -38,18 +38,41 @@ def running_clip_sample(
     return u
 
 
+PUBLISHED: dict[str, Any] = dict(
+    learning_rate=3e-4,
+    learning_starts=10_000,
+    tau=0.005,
+    n_steps=1,
+    ent_coef=1 / 50,
+    policy_delay=1,
+    pessimism=1.0,
+    ema_decay=0.0,
+    normalize_reward=False,
+    score_target="published",
+)
+PUBLISHED_POLICY: dict[str, Any] = dict(
+    net_arch=[512, 512],
+    layer_norm=False,
+    activation_fn=nn.ReLU,
+    n_diffusion_steps=5,
+    noise_schedule="vp",
+    sampler=running_clip_sample,
+    preconditioning="noise",
+    denoiser_class="mlp",
+    denoiser_kwargs=dict(activation_fn=nn.Mish),
+)
+
+
 class PublishedQSM(QSM):
     """
-    The configuration of Psenka et al. (2024, arXiv:2312.11752) and their code, the same for every task but ``ent_coef``: 1 / M_q
-    with M_q = 50, and 120 for quadruped and humanoid of dm_control.
-
-    Arguments as for :class:`~sb3_qsm.qsm.QSM`, with the paper's defaults. Beside them: noise N(0, 0.1^2) on the behaviour
+    The configuration of Psenka et al. (2024, arXiv:2312.11752) and their code, the same for every task but ``ent_coef``:
+    1 / M_q with M_q = 50, and 120 for quadruped and humanoid of dm_control. Beside the arguments: noise N(0, 0.1^2) on the behaviour
     action and on the next action in the critics' target; the actor's learning rate falls along a cosine over 2e6 updates.
 
-    :param policy: as for QSM
+    :param policy: as for :class:`~sb3_qsm.qsm.QSM`
     :param env: as for QSM
     :param policy_kwargs: replaces single entries of the paper's
-    :param kwargs: other arguments of QSM
+    :param kwargs: arguments of QSM, in place of the paper's
     """
 
     noise_std, actor_lr_decay_updates = 0.1, 2_000_000
@@ -58,51 +81,17 @@ class PublishedQSM(QSM):
         self,
         policy: str | type[DiffusionPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 3e-4,
-        learning_starts: int = 10_000,
-        tau: float = 0.005,
-        n_steps: int = 1,
-        ent_coef: str | float = 1 / 50,
-        policy_delay: int = 1,
-        pessimism: float = 1.0,
-        ema_decay: float = 0.0,
-        normalize_reward: bool = False,
-        score_target: str = "published",
         policy_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        published: dict[str, Any] = dict(
-            net_arch=[512, 512],
-            layer_norm=False,
-            activation_fn=nn.ReLU,
-            n_diffusion_steps=5,
-            noise_schedule="vp",
-            sampler=running_clip_sample,
-            preconditioning="noise",
-            denoiser_class="mlp",
-            denoiser_kwargs=dict(activation_fn=nn.Mish),
-        )
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,
-            learning_starts=learning_starts,
-            tau=tau,
-            n_steps=n_steps,
-            ent_coef=ent_coef,
-            policy_delay=policy_delay,
-            pessimism=pessimism,
-            ema_decay=ema_decay,
-            normalize_reward=normalize_reward,
-            score_target=score_target,
-            policy_kwargs={**published, **(policy_kwargs or {})},
-            **kwargs,
-        )
+        super().__init__(policy, env, policy_kwargs=PUBLISHED_POLICY | (policy_kwargs or {}), **(PUBLISHED | kwargs))
 
     def _setup_model(self) -> None:
         super()._setup_model()
         if self.action_noise is None:
-            self.action_noise = NormalActionNoise(np.zeros(self.actor.action_dim), np.full(self.actor.action_dim, self.noise_std))
+            self.action_noise = NormalActionNoise(
+                np.zeros(self.actor.action_dim), np.full(self.actor.action_dim, self.noise_std)
+            )
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)

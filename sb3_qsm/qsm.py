@@ -264,7 +264,7 @@ class QSM(OffPolicyAlgorithm):
         loss = score_matching_loss(denoised, target, self.actor.preconditioning(ratio).c_out)
         return loss, box_entropy(q_grad / ent_coef).sum(dim=1).mean(), scale * q_grad.abs().mean()
 
-    def learn(  # type: ignore[override]
+    def learn(
         self: SelfQSM,
         total_timesteps: int | float,
         callback: MaybeCallback = None,
@@ -283,9 +283,7 @@ class QSM(OffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
-    def load_replay_buffer(
-        self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True
-    ) -> None:
+    def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         super().load_replay_buffer(path, truncate_last_traj)
         follow_gamma(self)
 
@@ -298,21 +296,16 @@ class QSM(OffPolicyAlgorithm):
 
 def check_arguments(model: QSM) -> None:
     """
-    :param model: model with its arguments; what SB3 has too, SB3 checks
-    :raises ValueError: for the first argument of QSM's own of a wrong type or out of its range
+    :param model: model with its arguments; SB3 checks its own
+    :raises ValueError: for the first argument of QSM's own that is out of its range
     """
     if not issubclass(model.policy_class, DiffusionPolicy):
         raise ValueError(
             f"policy must be one of {sorted(model.policy_aliases)} or a subclass of DiffusionPolicy, got "
             f"{model.policy_class.__qualname__}: perhaps another algorithm's policy or file"
         )
-    for name, kind, low, high in (
-        ("target_update_interval", Integral, 1, math.inf),
-        ("policy_delay", Integral, 1, math.inf),
-        ("pessimism", Real, 0, 1),
-        ("ema_decay", Real, 0, 1),
-    ):
-        value = getattr(model, name)
+    for name, kind, high in [("policy_delay", Integral, math.inf), ("pessimism", Real, 1), ("ema_decay", Real, 1)]:
+        value, low = getattr(model, name), int(kind is Integral)
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
             raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")
     if not isinstance(model.normalize_reward, bool):
@@ -345,7 +338,7 @@ def gradient_step(optimizer: th.optim.Optimizer, loss: th.Tensor, name: str) -> 
     """
     :param optimizer: optimizer of the parameters to change
     :param loss: shape ()
-    :param name: name of the loss, for the error
+    :param name: name of the loss
     :raises ValueError: if the loss is not finite, before it reaches a weight; on a GPU, where looking at it would make the
         update wait for the device, ``train`` says so at its end
     """
@@ -363,8 +356,7 @@ def finite(name: str, value: th.Tensor) -> float:
     :return: the number
     :raises ValueError: if it is NaN or infinite
     """
-    number = value.item()
-    if not math.isfinite(number):
+    if not math.isfinite(number := value.item()):
         raise ValueError(f"{name} must be finite, got {number}: see VecCheckNan of SB3 for broken observations and rewards")
     return number
 

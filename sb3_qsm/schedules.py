@@ -57,19 +57,6 @@ def cosine_ratios(n_steps: int, offset: float = 0.008, beta_max: float = 0.999) 
     return ratios_of_betas((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=beta_max))
 
 
-def linear_ratios(n_steps: int, beta_min: float = 1e-4, beta_max: float = 2e-2) -> th.Tensor:
-    """
-    Evenly spaced betas (Ho et al., 2020, section 4), rescaled by 1000 / T so that short chains still end in noise.
-
-    :param n_steps: number of diffusion steps T
-    :param beta_min: first beta of a chain of 1000 steps
-    :param beta_max: last beta of a chain of 1000 steps
-    :return: ratios, shape (T,)
-    """
-    scale = 1000 / n_steps
-    return ratios_of_betas(th.linspace(scale * beta_min, scale * beta_max, n_steps, dtype=th.float64).clamp(max=0.999))
-
-
 def ratios_of_betas(betas: th.Tensor) -> th.Tensor:
     """
     :param betas: variance added at each step of a variance-preserving chain, each in (0, 1), shape (T,)
@@ -79,9 +66,4 @@ def ratios_of_betas(betas: th.Tensor) -> th.Tensor:
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "geometric": geometric_ratios,
-    "cosine": cosine_ratios,
-    "linear": linear_ratios,
-    "vp": vp_ratios,
-}
+SCHEDULES: dict[str, Schedule] = {"geometric": geometric_ratios, "cosine": cosine_ratios, "vp": vp_ratios}

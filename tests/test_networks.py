@@ -188,7 +188,9 @@ def test_chain_goes_through_every_module(denoiser_class):
     actor.denoiser.set_submodule(name, adapted)
     after = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
     assert (after - before).abs().min() > 0.05
-    np.testing.assert_allclose(after.detach(), actor.denoise(th.zeros(B, F), th.zeros(B, A), th.ones(B).long()).detach(), atol=1e-5)
+    np.testing.assert_allclose(
+        after.detach(), actor.denoise(th.zeros(B, F), th.zeros(B, A), th.ones(B).long()).detach(), atol=1e-5
+    )
 
 
 def test_running_mean_by_hand():
@@ -216,10 +218,13 @@ def test_weights_answer_until_there_is_a_mean():
         parameter.data.normal_()
     assert th.equal(actor(obs, deterministic=True), actor.sample(obs, th.zeros(7, 1, A)))
     actor.update_average(decay=0.0)
-    assert all(th.equal(*pair) for pair in zip(actor.denoiser.parameters(), actor.average["denoiser"].parameters(), strict=True))
+    mean = actor.average["denoiser"].state_dict()
+    assert all(th.equal(weight, mean[name]) for name, weight in actor.denoiser.state_dict().items())
 
 
-@pytest.mark.parametrize("ratios", [[0.1, 0.1], [0.2, 0.1], [0.0, 1.0], [-1.0, 1.0], [0.1, math.inf], [math.nan, 1.0], [0.1], [[0.1, 1.0]]])
+@pytest.mark.parametrize(
+    "ratios", [[0.1, 0.1], [0.2, 0.1], [0.0, 1.0], [-1.0, 1.0], [0.1, math.inf], [math.nan, 1.0], [0.1], [[0.1, 1.0]]]
+)
 def test_ratios_that_are_refused(ratios):
     with pytest.raises(ValueError, match=r"noise_schedule must return n_diffusion_steps=2 positive rising ratios, got \["):
         make_actor(n_diffusion_steps=2, noise_schedule=lambda n_steps: th.tensor(ratios))

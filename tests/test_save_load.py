@@ -83,9 +83,7 @@ def test_save_load(model, tmp_path, kind):
     before = loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item()
     loaded.learn(20, reset_num_timesteps=False)
     assert loaded.num_timesteps == 60 and loaded._n_updates > 30
-    assert (
-        loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
-    )
+    assert loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
 
 
 def test_loaded_model_learns_alike(model, tmp_path):
@@ -187,7 +185,8 @@ def test_file_is_small_and_readable(model, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         names = set(archive.namelist())
         data = json.loads(archive.read("data"))
-    assert {f"{name}.pth" for name in ("policy", "actor.optimizer", "critic.optimizer", "temperature", "reward_scale")} <= names
+    parts = ("policy", "actor.optimizer", "critic.optimizer", "temperature", "reward_scale")
+    assert {f"{name}.pth" for name in parts} <= names
     assert not {"actor", "critic", "critic_target", "temperature", "reward_scale", "_score_target"} & set(data)
     assert data["ent_coef"] == "auto_0.5" and data["score_target"] == "box"
 

@@ -230,7 +230,7 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
 def _literals(policy_kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments as JSON gives them back, None if it cannot: classes and functions are no data."""
     try:
-        return json.loads(json.dumps(policy_kwargs))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(policy_kwargs))
     except TypeError:
         return None
 

@@ -66,7 +66,7 @@ PUBLISHED_POLICY: dict[str, Any] = dict(
 class PublishedQSM(QSM):
     """
     The configuration of Psenka et al. (2024, arXiv:2312.11752) and their code, the same for every task but ``ent_coef``:
-    1 / M_q with M_q = 50, and 120 for quadruped and humanoid of dm_control. Beside the arguments: noise N(0, 0.1^2) on the behaviour
+    1 / M_q with M_q = 50, and 120 for quadruped and humanoid of dm_control. Beside: noise N(0, 0.1^2) on the behaviour
     action and on the next action in the critics' target; the actor's learning rate falls along a cosine over 2e6 updates.
 
     :param policy: as for :class:`~sb3_qsm.qsm.QSM`

@@ -60,7 +60,7 @@ class DiffusionActor(BasePolicy):
     :param features_dim: Number of features
     :param normalize_images: Whether to divide images by 255.0
     :param n_diffusion_steps: Number of denoising steps T
-    :param noise_schedule: Noise levels: "geometric", "cosine", "linear", "vp", or a function from T to ratios of shape (T,)
+    :param noise_schedule: Noise levels: "geometric", "cosine", "vp", or a function from T to ratios of shape (T,)
     :param sampler: Reverse chain: "ddpm", "ddim", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
     :param preconditioning: What the network predicts: "edm", "noise", or a function like
         :func:`~sb3_qsm.networks.edm_preconditioning`

@@ -16,8 +16,9 @@ SUITE ?= sb3
 
 LINT_PATHS = sb3_qsm tests examples benchmarks
 
-# What all tests need: their own extra, and those of what they test
-TESTS = $(VENV)/.tests,benchmarks,export
+# What all tests need; with EXTRAS=tests those of other extras are skipped
+EXTRAS ?= tests,benchmarks,export
+TESTS = $(VENV)/.$(EXTRAS)
 
 export PYTHONHASHSEED = 0
 

@@ -32,7 +32,7 @@ test pytest: $(TESTS)
 	$(BIN)/python -m pytest -m "not expensive" $(ARGS)
 
 coverage: $(TESTS)
-	$(BIN)/python -m pytest -m "not expensive" --cov $(ARGS)
+	$(BIN)/python -m pytest -m "not expensive" --cov=sb3_qsm $(ARGS)
 
 conformance: $(TESTS)
 	$(BIN)/python tests/conformance/run.py --suite $(SUITE) $(ARGS)

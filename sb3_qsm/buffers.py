@@ -1,11 +1,39 @@
 """
-The replay buffer that SB3 lacks, and returns that end where an episode is cut off.
+Replay buffers with returns over several steps: for dictionaries, too, and only over transitions that follow each other.
 """
 
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
+from gymnasium import spaces
+from stable_baselines3.common import buffers
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+
+
+class NStepReplayBuffer(buffers.NStepReplayBuffer):
+    """
+    SB3's n-step returns, which end where the next transition does not start from the state that the one before led to: at
+    the reset of an environment, in demonstrations between other data, in shuffled transitions.
+
+    Arguments as for SB3's.
+    """
+
+    def add(self, obs: Any, next_obs: Any, action: np.ndarray, reward: np.ndarray, done: np.ndarray, infos: Any) -> None:
+        """As in SB3; the newest transition counts as cut off in time where ``obs`` does not continue it."""
+        if self.size() > 0:
+            newest = self.pos - 1
+            broken = self._differs(self.next_observations[newest], obs)
+            self.timeouts[newest] = np.maximum(self.timeouts[newest], broken * (1 - self.dones[newest]))
+        super().add(obs, next_obs, action, reward, done, infos)
+
+    def _differs(self, stored: Any, obs: Any) -> np.ndarray:
+        """
+        :param stored: observations of all environments, in the buffer's type
+        :param obs: others
+        :return: whether they differ, shape (n_envs,)
+        """
+        given = np.asarray(obs, dtype=stored.dtype).reshape(stored.shape)
+        return (stored != given).reshape(self.n_envs, -1).any(axis=1)
 
 
 class NStepDictReplayBuffer(NStepReplayBuffer, DictReplayBuffer):  # type: ignore[misc]
@@ -21,6 +49,10 @@ class NStepDictReplayBuffer(NStepReplayBuffer, DictReplayBuffer):  # type: ignor
         self.observations = Rows(self.observations)  # type: ignore[assignment]
         self.next_observations = Rows(self.next_observations)  # type: ignore[assignment]
 
+    def _differs(self, stored: Any, obs: Any) -> np.ndarray:
+        differences = [super(NStepDictReplayBuffer, self)._differs(stored[key], obs[key]) for key in stored]
+        return np.any(differences, axis=0)
+
     def to_torch(self, array: Any, copy: bool = True) -> Any:
         """
         :param array: an array, or a dictionary of arrays
@@ -32,16 +64,6 @@ class NStepDictReplayBuffer(NStepReplayBuffer, DictReplayBuffer):  # type: ignor
         return super().to_torch(array, copy)
 
 
-def cut_returns(buffer: NStepReplayBuffer) -> None:
-    """
-    No return over several steps may reach from the newest transitions into an episode that begins next.
-
-    :param buffer: replay buffer of environments that will be reset, not empty
-    """
-    newest = buffer.pos - 1
-    buffer.timeouts[newest] = np.maximum(buffer.timeouts[newest], 1 - buffer.dones[newest])
-
-
 class Rows(dict[Any, np.ndarray]):
     """
     Arrays by their names; anything but a name picks the same rows of all of them.
@@ -51,3 +73,24 @@ class Rows(dict[Any, np.ndarray]):
         if isinstance(key, str):
             return super().__getitem__(key)
         return {name: array[key] for name, array in self.items()}
+
+
+def choose_replay_buffer(
+    observation_space: spaces.Space, n_steps: int | None, given: type[ReplayBuffer] | None, optimize_memory_usage: bool
+) -> tuple[int, type[ReplayBuffer] | None]:
+    """
+    The number of steps and the class that go with a user's arguments: three steps where the user leaves it open.
+
+    :param observation_space: space of observations
+    :param n_steps: steps of the return, None for the default
+    :param given: class that the user asks for
+    :param optimize_memory_usage: whether the buffer shall hold each observation once, which n-step returns cannot do
+    :return: steps of the return, and the class; None leaves the class to SB3
+    """
+    dictionaries = isinstance(observation_space, spaces.Dict)
+    if n_steps is None and given is None and not optimize_memory_usage:
+        return 3, NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
+    n_steps = n_steps or 1
+    if n_steps > 1 and given is None and not dictionaries:
+        return n_steps, NStepReplayBuffer
+    return n_steps, given

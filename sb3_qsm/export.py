@@ -1,5 +1,5 @@
 """
-Hand a policy over: to ONNX, or to one safetensors file that loads without pickle.
+Export a policy: to ONNX, or to one safetensors file that loads without pickle.
 
 Both take the environment's own observations and return its own actions: what ``VecNormalize`` does to observations, and
 the scaling of actions, are part of them.
@@ -16,13 +16,13 @@ import torch as th
 from gymnasium import spaces
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_qsm.policies import CnnPolicy, DiffusionPolicy, MlpPolicy, MultiInputPolicy
+from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy
 from sb3_qsm.qsm import QSM
-from sb3_qsm.state import describe, is_opaque, rebuild
 
-FORMAT = 2
+FORMAT = 1
 TOLERANCE = 1e-5
 POLICY_CLASSES: dict[str, type[DiffusionPolicy]] = {cls.__qualname__: cls for cls in (MlpPolicy, CnnPolicy, MultiInputPolicy)}
 
@@ -31,7 +31,7 @@ class ExportedPolicy(nn.Module):
     """
     The chain of a policy, from raw observations and noise to the environment's actions.
 
-    :param policy: policy, its critics are not used
+    :param actor: the policy's actor
     :param normalization: mean and standard deviation of observations and the largest normalised value, by key of the
         observation (``"observation"`` unless they are dictionaries)
     """
@@ -39,22 +39,22 @@ class ExportedPolicy(nn.Module):
     low: th.Tensor
     high: th.Tensor
 
-    def __init__(self, policy: DiffusionPolicy, normalization: dict[str, dict[str, th.Tensor]]) -> None:
+    def __init__(self, actor: DiffusionActor, normalization: dict[str, dict[str, th.Tensor]]) -> None:
         super().__init__()
-        self.policy = policy
-        self.space, self.action_space = policy.observation_space, policy.action_space
+        self.actor = actor
+        self.space, self.action_space = actor.observation_space, actor.action_space
         self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["observation"]
-        self.noise_shape = (1 + policy.actor.noise_schedule.n_steps, policy.actor.action_dim)
+        self.noise_shape = (1 + len(actor.levels), actor.action_dim)
         self.normalization = normalization
-        assert isinstance(self.action_space, spaces.Box)
         self.register_buffer("low", th.as_tensor(self.action_space.low))
         self.register_buffer("high", th.as_tensor(self.action_space.high))
-        policy.set_training_mode(False)
+        actor.set_training_mode(False)
 
-    def forward(self, noise: th.Tensor, *observations: th.Tensor) -> th.Tensor:
+    def forward(self, noise: th.Tensor, *observations: th.Tensor, average: bool = False) -> th.Tensor:
         """
         :param noise: start of the chain and noise of each step, shape (1 + T, B, A)
         :param observations: one tensor of shape (B, ...), or one for each key
+        :param average: whether to use the running mean of the weights, as for deterministic actions
         :return: actions, shape (B, ...)
         """
         obs = {}
@@ -63,20 +63,23 @@ class ExportedPolicy(nn.Module):
                 stats = self.normalization[key]
                 value = ((value - stats["mean"]) / stats["std"]).clamp(-stats["clip"], stats["clip"])
             obs[key] = value
-        scaled = self.policy.actor.sample(obs if isinstance(self.space, spaces.Dict) else obs["observation"], noise)
+        inputs: PyTorchObs = obs if isinstance(self.space, spaces.Dict) else obs["observation"]
+        scaled = self.actor.sample(inputs, noise, average)
         return self.low + 0.5 * (scaled.reshape(-1, *self.low.shape) + 1) * (self.high - self.low)
 
     def predict(self, observation: np.ndarray | dict[str, np.ndarray], deterministic: bool = False) -> np.ndarray:
         """
-        :param observation: observations of several environments, shape (B, ...)
+        :param observation: one observation, or those of several environments, shape (B, ...); images in either order of axes
         :param deterministic: whether to leave out all noise
-        :return: actions, shape (B, ...)
+        :return: the action, or actions of shape (B, ...)
         """
-        parts = observation if isinstance(observation, dict) else {"observation": observation}
-        tensors = [th.as_tensor(parts[key]) for key in self.keys]
-        draw = th.zeros if deterministic else th.randn
+        obs, several = self.actor.obs_to_tensor(observation)
+        tensors = [obs[key] for key in self.keys] if isinstance(obs, dict) else [obs]
+        n_draws, action_dim = self.noise_shape
+        noise = (th.zeros if deterministic else th.randn)(n_draws, len(tensors[0]), action_dim)
         with th.no_grad():
-            return self(draw(self.noise_shape[0], len(tensors[0]), self.noise_shape[1]), *tensors).numpy()
+            actions = self(noise, *tensors, average=deterministic and self.actor.has_average()).numpy()
+        return actions if several else actions[0]
 
 
 class _Deterministic(nn.Module):
@@ -85,28 +88,29 @@ class _Deterministic(nn.Module):
     def __init__(self, exported: ExportedPolicy) -> None:
         super().__init__()
         self.exported = exported
+        self.average = exported.actor.has_average()
 
     def forward(self, *observations: th.Tensor) -> th.Tensor:
         n_draws, action_dim = self.exported.noise_shape
-        return self.exported(th.zeros(n_draws, observations[0].shape[0], action_dim), *observations)
+        return self.exported(th.zeros(n_draws, observations[0].shape[0], action_dim), *observations, average=self.average)
 
 
 def exported_policy(model: QSM) -> ExportedPolicy:
     """
     :param model: trained model; its ``VecNormalize``, if it has one, goes along
     :return: a copy of its policy on the CPU, from raw observations to actions
-    :raises ValueError: if the model was trained with ``VecNormalize`` and loaded without it
+    :raises ValueError: if the model was trained on observations that ``VecNormalize`` had normalised and has lost it
     """
-    if model.env is None and model._last_original_obs is not None:  # which SB3 has for VecNormalize only
-        raise ValueError("env must be the VecNormalize of the training, got None: give it to QSM.load")
     env = model.get_vec_normalize_env()
+    if model.observations_normalized and (env is None or not env.norm_obs):
+        raise ValueError("env must be the VecNormalize of the training, which holds its statistics: give it to QSM.load")
     normalization = {}
     if env is not None and env.norm_obs:
         all_stats = env.obs_rms if isinstance(env.obs_rms, dict) else {"observation": env.obs_rms}
         for key, stats in all_stats.items():
             std = np.sqrt(stats.var + env.epsilon)
             normalization[key] = {"mean": th.tensor(stats.mean), "std": th.tensor(std), "clip": th.tensor(float(env.clip_obs))}
-    return ExportedPolicy(copy.deepcopy(model.policy).to("cpu"), normalization)
+    return ExportedPolicy(copy.deepcopy(model.actor).to("cpu"), normalization)
 
 
 def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> None:
@@ -131,8 +135,9 @@ def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> Non
     batch = th.export.Dim("batch")
     per_row = tuple({0: batch} for _ in observations)
     aside = Path(path).with_name(f".{Path(path).name}.tmp")
+    graph = (_Deterministic(exported) if deterministic else exported).eval()
     program = th.onnx.export(
-        (_Deterministic(exported) if deterministic else exported).eval(),
+        graph,
         tuple(observations) if deterministic else (noise, *observations),
         input_names=exported.keys if deterministic else ["noise", *exported.keys],
         output_names=["action"],
@@ -148,7 +153,7 @@ def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> Non
         inputs = dict(zip(exported.keys, [value.numpy() for value in observations], strict=True))
         (found,) = session.run(["action"], inputs if deterministic else {**inputs, "noise": noise.numpy()})
         with th.no_grad():
-            expected = exported(th.zeros_like(noise) if deterministic else noise, *observations).numpy()
+            expected = (graph(*observations) if deterministic else graph(noise, *observations)).numpy()
         difference = float(np.abs((found - expected) / (exported.high - exported.low).numpy()).max())
         if not difference <= TOLERANCE:
             raise ValueError(f"the ONNX graph must be within {TOLERANCE} of PyTorch, it differs by {difference}: not written")
@@ -159,8 +164,8 @@ def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> Non
 
 def save_policy(model: QSM, path: str | Path) -> None:
     """
-    Write the policy to one safetensors file: weights, spaces, statistics of ``VecNormalize`` and, as JSON in its header,
-    the arguments of the policy. No pickle.
+    Write the policy to one safetensors file: the actor's weights, spaces, statistics of ``VecNormalize`` and, as JSON in its
+    header, the arguments of the policy. No pickle.
 
     :param model: trained model
     :param path: file to write
@@ -170,7 +175,7 @@ def save_policy(model: QSM, path: str | Path) -> None:
         raise ValueError(f"policy must be one of {sorted(POLICY_CLASSES)}, got {type(model.policy).__qualname__}")
     exported = exported_policy(model)
     boxes = {f"observation_space.{key}": box for key, box in zip(exported.keys, _boxes(exported.space), strict=True)}
-    tensors = {f"policy.{name}": value.contiguous() for name, value in exported.policy.state_dict().items()}
+    tensors = {f"actor.{name}": value.contiguous() for name, value in exported.actor.state_dict().items()}
     for name, box in [*boxes.items(), ("action_space", exported.action_space)]:
         tensors |= {f"{name}.{bound}": th.tensor(getattr(box, bound)) for bound in ("low", "high")}
     for key, stats in exported.normalization.items():
@@ -178,7 +183,7 @@ def save_policy(model: QSM, path: str | Path) -> None:
     header = {
         "format": FORMAT,
         "policy_class": type(model.policy).__qualname__,
-        "policy_kwargs": describe(model.policy_kwargs),
+        "policy_kwargs": _literals(model.policy_kwargs),
         "dictionary": isinstance(exported.space, spaces.Dict),
         "keys": exported.keys,  # in the order of the policy's inputs, which tensors have not
     }
@@ -201,25 +206,33 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
         header = json.loads(json.loads(content[8 : 8 + header_size])["__metadata__"]["sb3_qsm"])
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']!r}, this version reads format {FORMAT}")
-        if policy_kwargs is None and is_opaque(header["policy_kwargs"]):
+        if policy_kwargs is None and header["policy_kwargs"] is None:
             raise ValueError("policy_kwargs must be given again, as the file holds no functions, classes or objects")
         boxes = [(key, _box(f"observation_space.{key}", tensors)) for key in header["keys"]]
         policy = POLICY_CLASSES[header["policy_class"]](
             spaces.Dict(boxes) if header["dictionary"] else boxes[0][1],
             _box("action_space", tensors),
             lr_schedule=lambda _: 0.0,
-            **(rebuild(header["policy_kwargs"]) if policy_kwargs is None else policy_kwargs),
+            **(header["policy_kwargs"] if policy_kwargs is None else policy_kwargs),
         )
-        policy.load_state_dict(_under("policy.", tensors))
+        policy.actor.load_state_dict(_under("actor.", tensors))
         normalization: dict[str, dict[str, th.Tensor]] = {}
         for name, value in _under("normalization.", tensors).items():
             key, stat = name.rsplit(".", 1)
             normalization.setdefault(key, {})[stat] = value
         if any(stats.keys() != {"mean", "std", "clip"} for stats in normalization.values()):
             raise ValueError(f"normalization must have mean, std and clip, got {normalization}")
-        return ExportedPolicy(policy, normalization)
+        return ExportedPolicy(policy.actor, normalization)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"policy {path} refused: {error}") from error
+
+
+def _literals(policy_kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments as JSON gives them back, None if it cannot: classes and functions are no data."""
+    try:
+        return json.loads(json.dumps(policy_kwargs))  # type: ignore[no-any-return]
+    except TypeError:
+        return None
 
 
 def _box(name: str, tensors: dict[str, th.Tensor]) -> spaces.Box:

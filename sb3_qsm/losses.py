@@ -3,10 +3,9 @@ Q-score matching: the equations, as pure functions of tensors.
 
 The target policy is pi(a | s) proportional to exp(Q(s, a) / lambda) on the box [-1, 1]^A, with temperature lambda
 (``ent_coef``, the inverse of the paper's M_q). A target says which clean action a denoiser should answer for a noisy action
-a_t = alpha a_0 + sigma z, given g = dQ/da; by Tweedie's formula, score = (alpha a_0 - a_t) / sigma^2 and
-noise = (a_t - alpha a_0) / sigma.
+u = a_0 + r z, given g = dQ/da; by Tweedie's formula, score = (a_0 - u) / r^2 and noise z = (u - a_0) / r.
 
-Legend: B batch, A action dimension. Scaled actions are in [-1, 1]; g is in units of return per scaled action.
+Legend: B batch, A action dimension. Scaled actions are in [-1, 1]; g and lambda are in one unit of value.
 """
 
 import math
@@ -31,21 +30,17 @@ def action_gradient(q_fn: QFn, actions: th.Tensor) -> th.Tensor:
         return th.autograd.grad(q_fn(actions).sum(), actions)[0]
 
 
-def published_target(
-    noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, q_grad: th.Tensor, ent_coef: th.Tensor
-) -> th.Tensor:
+def published_target(noisy_actions: th.Tensor, ratio: th.Tensor, q_grad: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
     """
-    The published target (Psenka et al., 2024, arXiv:2312.11752; sign and evaluation point as in the authors' code).
+    The published target (Psenka et al., 2024, arXiv:2312.11752; sign as in the authors' code): noise z = -g / lambda.
 
-    :param noisy_actions: a_t, shape (B, A)
-    :param alpha: share of the action that is left, shape (B, 1)
-    :param sigma: standard deviation of the noise, shape (B, 1)
-    :param q_grad: dQ/da at a_t, shape (B, A)
+    :param noisy_actions: u, shape (B, A)
+    :param ratio: noise-to-signal ratio r, shape (B, 1)
+    :param q_grad: dQ/da at the noisy action, shape (B, A)
     :param ent_coef: temperature lambda = 1 / M_q, shape ()
     :return: clean action that corresponds to the target noise, shape (B, A)
     """
-    noise = -q_grad / ent_coef
-    return (noisy_actions - sigma * noise) / alpha
+    return noisy_actions + ratio * q_grad / ent_coef
 
 
 def truncated_normal_mean(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
@@ -73,30 +68,24 @@ def truncated_normal_mean(mean: th.Tensor, std: th.Tensor) -> th.Tensor:
 
 
 def box_target(
-    noisy_actions: th.Tensor,
-    alpha: th.Tensor,
-    sigma: th.Tensor,
-    q_grad: th.Tensor,
-    ent_coef: th.Tensor,
-    max_shift: float = 4.0,
+    noisy_actions: th.Tensor, ratio: th.Tensor, q_grad: th.Tensor, ent_coef: th.Tensor, max_shift: float = 4.0
 ) -> th.Tensor:
     """
     Posterior mean of the clean action on the box, with Q to first order (derived in docs/algorithm.md).
 
-    exp(g a_0 / lambda) N(a_0; a_t / alpha, r^2) is a normal moved by r^2 g / lambda, truncated to the box; r = sigma / alpha.
-    As r -> 0 its noise is the published one times r; for flat Q it is the exact score of the noised uniform policy. A long
-    shift makes a noisy target, so it is cut. Arguments as for :func:`published_target`, with the gradient at a clean action.
+    exp(g a_0 / lambda) N(a_0; u, r^2) is a normal moved by r^2 g / lambda, truncated to the box. As r -> 0 its noise is the
+    published one times r; for flat Q it is the exact score of the noised uniform policy. A long shift makes a noisy target, so
+    it is cut. Arguments as for :func:`published_target`, with the gradient at a clean action.
 
     :param max_shift: longest shift in each dimension, in units of r
     :return: clean actions, in [-1, 1], shape (B, A)
     """
-    ratio = sigma / alpha
     shift = (ratio * q_grad / ent_coef).clamp(-max_shift, max_shift)
-    return truncated_normal_mean(noisy_actions / alpha + ratio * shift, ratio)
+    return truncated_normal_mean(noisy_actions + ratio * shift, ratio)
 
 
-def box_score(
-    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+def box_score_target(
+    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     The default: :func:`box_target` with the gradient between the denoiser's present answer and the one that a flat Q has.
@@ -106,37 +95,37 @@ def box_score(
 
     :param q_fn: value of each action, (B, A) -> (B, 1)
     :param denoised: clean actions that the denoiser answers now, a constant for autograd, shape (B, A)
-    :param noisy_actions: a_t, shape (B, A)
-    :param alpha: share of the action that is left, shape (B, 1)
-    :param sigma: standard deviation of the noise, shape (B, 1)
+    :param noisy_actions: u, shape (B, A)
+    :param ratio: noise-to-signal ratio r, shape (B, 1)
     :param ent_coef: temperature lambda, shape ()
     :return: clean actions to regress on, and the gradient of Q that led there, each of shape (B, A)
     """
-    flat_q = truncated_normal_mean(noisy_actions / alpha, sigma / alpha)
-    q_grad = action_gradient(q_fn, flat_q.lerp(denoised.clamp(-1, 1), alpha**2))
-    return box_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
+    flat_q = truncated_normal_mean(noisy_actions, ratio)
+    q_grad = action_gradient(q_fn, flat_q.lerp(denoised.clamp(-1, 1), 1 / (1 + ratio**2)))
+    return box_target(noisy_actions, ratio, q_grad, ent_coef), q_grad
 
 
-def published_score(
-    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, alpha: th.Tensor, sigma: th.Tensor, ent_coef: th.Tensor
+def published_score_target(
+    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    The published method: :func:`published_target` with the gradient at the noisy action itself.
+    The published method: :func:`published_target` with the gradient at the noisy action of the variance-preserving chain,
+    a_t = u / sqrt(1 + r^2), as in the authors' code.
 
-    Arguments and result as for :func:`box_score`.
+    Arguments and result as for :func:`box_score_target`.
     """
-    q_grad = action_gradient(q_fn, noisy_actions)
-    return published_target(noisy_actions, alpha, sigma, q_grad, ent_coef), q_grad
+    q_grad = action_gradient(q_fn, noisy_actions / (1 + ratio**2).sqrt())
+    return published_target(noisy_actions, ratio, q_grad, ent_coef), q_grad
 
 
-SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score, "published": published_score}
+SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score_target, "published": published_score_target}
 
 
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:
     """
     Squared error of the predicted clean action in units of ``scale``.
 
-    With scale = sigma / alpha this is the squared error of the predicted noise.
+    With scale = r this is the squared error of the predicted noise.
 
     :param prediction: denoised actions, shape (B, A)
     :param target: actions to regress on, shape (B, A)

@@ -1,11 +1,13 @@
 """
-The diffusion policy in SB3's form: a denoising actor that learns, its slow copy that acts, twin critics and their targets.
+The diffusion policy in SB3's form: a denoising actor with a running mean of its weights, critics and their targets.
 
 Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actions are in [-1, 1].
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+import copy
+import operator
+from numbers import Integral
+from typing import Any
 
 import torch as th
 from gymnasium import spaces
@@ -22,11 +24,10 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser, Preconditioning
-from sb3_qsm.samplers import SAMPLERS, DenoiseFn
-from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule
-
-SelfPolicy = TypeVar("SelfPolicy", bound="DiffusionPolicy")
+from sb3_qsm import schedules
+from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser
+from sb3_qsm.samplers import SAMPLERS, DenoiseFn, Sampler
+from sb3_qsm.schedules import SCHEDULES
 
 
 def lookup(argument: str, value: Any, choices: dict[str, Any]) -> Any:
@@ -50,6 +51,9 @@ class DiffusionActor(BasePolicy):
     """
     Actor network of QSM: denoises random numbers into an action, given the observation.
 
+    It holds the weights that learn, which draw actions, and their running mean, which gives the deterministic action: a mean
+    over some hundred updates is steadier than the last one. Both are in its state dict.
+
     :param observation_space: Observation space
     :param action_space: Action space
     :param net_arch: Units of each hidden layer of the denoiser
@@ -57,80 +61,81 @@ class DiffusionActor(BasePolicy):
     :param features_dim: Number of features
     :param normalize_images: Whether to divide images by 255.0
     :param n_diffusion_steps: Number of denoising steps T
-    :param beta_schedule: Noise levels: "box", "cosine", "linear", "vp", or a function from T to betas of shape (T,)
-    :param sampler: Reverse chain: "ddpm", "ddim", "running_clip", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
-    :param preconditioning: What the network predicts: "edm", "noise", or a function from alpha and sigma to coefficients
+    :param noise_schedule: Noise levels: "geometric", "cosine", "linear", "vp", or a function from T to ratios of shape (T,)
+    :param sampler: Reverse chain: "ddpm", "ddim", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
+    :param preconditioning: What the network predicts: "edm", "noise", or a function like
+        :func:`~sb3_qsm.networks.edm_preconditioning`
     :param denoiser_class: Network to use: "late_fusion", "mlp", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
     :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
-    :param compile_sampling: Whether to compile the reverse chain with ``torch.compile``, which needs a C++ compiler on a CPU
-        and takes up to a minute for each of the first few batch sizes; numbers agree with the plain chain's to rounding
-    :raises ValueError: for a number of steps below 1, and for unknown names
+    :raises ValueError: for a number of steps below 1, for unknown names, and for ratios that do not rise from above 0
     """
 
     action_space: spaces.Box
-    c_skip: th.Tensor
-    c_out: th.Tensor
-    c_in: th.Tensor
+    features_extractor: BaseFeaturesExtractor
+    ratios: th.Tensor
+    n_averaged: th.Tensor
 
     def __init__(
         self,
         observation_space: spaces.Space,
         action_space: spaces.Box,
         net_arch: list[int],
-        features_extractor: nn.Module,
+        features_extractor: BaseFeaturesExtractor,
         features_dim: int,
         normalize_images: bool = True,
         n_diffusion_steps: int = 6,
-        beta_schedule: str | Callable[[int], th.Tensor] = "box",
-        sampler: str | Callable[..., th.Tensor] = "ddpm",
-        preconditioning: str | Callable[[th.Tensor, th.Tensor], Preconditioning] = "edm",
+        noise_schedule: str | schedules.Schedule = "geometric",
+        sampler: str | Sampler = "ddpm",
+        preconditioning: Any = "edm",
         denoiser_class: str | type[Denoiser] = "late_fusion",
         denoiser_kwargs: dict[str, Any] | None = None,
-        compile_sampling: bool = False,
     ) -> None:
         super().__init__(
             observation_space,
             action_space,
-            features_extractor=features_extractor,  # type: ignore[arg-type]
+            features_extractor=features_extractor,
             normalize_images=normalize_images,
             squash_output=True,
         )
-        if not isinstance(n_diffusion_steps, int) or isinstance(n_diffusion_steps, bool) or n_diffusion_steps < 1:
+        if not isinstance(n_diffusion_steps, Integral) or isinstance(n_diffusion_steps, bool) or n_diffusion_steps < 1:
             raise ValueError(f"n_diffusion_steps must be an integer of at least 1, got {n_diffusion_steps!r}")
+        n_diffusion_steps = operator.index(n_diffusion_steps)
+        ratios = lookup("noise_schedule", noise_schedule, SCHEDULES)(n_diffusion_steps)
+        rises = ratios.shape == (n_diffusion_steps,) and ratios[0] > 0 and (ratios.diff() > 0).all() and ratios.isfinite().all()
+        if not rises:
+            raise ValueError(
+                f"noise_schedule must return n_diffusion_steps={n_diffusion_steps} positive rising ratios, got {ratios.tolist()}"
+            )
         self.net_arch = net_arch
         self.features_dim = features_dim
-        self.diffusion_kwargs = dict(
+        self.diffusion_kwargs: dict[str, Any] = dict(
             n_diffusion_steps=n_diffusion_steps,
-            beta_schedule=beta_schedule,
+            noise_schedule=noise_schedule,
             sampler=sampler,
             preconditioning=preconditioning,
             denoiser_class=denoiser_class,
             denoiser_kwargs=denoiser_kwargs,
-            compile_sampling=compile_sampling,
         )
         self.action_dim = get_action_dim(action_space)
+        self.register_buffer("ratios", ratios.float(), persistent=False)
         self.sampler = lookup("sampler", sampler, SAMPLERS)
-        self.noise_schedule = NoiseSchedule(lookup("beta_schedule", beta_schedule, BETA_SCHEDULES)(n_diffusion_steps))
-        if self.noise_schedule.n_steps != n_diffusion_steps:
-            raise ValueError(
-                f"beta_schedule must return n_diffusion_steps={n_diffusion_steps} betas, got {self.noise_schedule.n_steps}"
-            )
-        coefficients = lookup("preconditioning", preconditioning, PRECONDITIONINGS)(
-            self.noise_schedule.alpha, self.noise_schedule.sigma
-        )
-        for name, values in coefficients._asdict().items():
-            self.register_buffer(name, values, persistent=False)
-        # One by one for the chain, which would spend its time on indexing; tensors and floats as in NoiseSchedule.posterior
-        c_skip, c_out, c_in = coefficients
+        self.preconditioning = lookup("preconditioning", preconditioning, PRECONDITIONINGS)
+        # A batch looks its level up; a chain spends its time in dispatch, where python's floats are cheapest, but as factors
+        self.levels: list[float] = self.ratios.tolist()
+        c_skip, c_out, c_in = (th.as_tensor(c).expand_as(self.ratios) for c in self.preconditioning(self.ratios))
         self.coefficients = list(zip(c_skip.unbind(), c_out.tolist(), c_in.unbind(), strict=True))
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
-        self.denoiser = network(features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
-        if compile_sampling:
-            self.sample = th.compile(self.sample)  # type: ignore[method-assign]
+        self.denoiser: Denoiser = network(
+            features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {})
+        )
+        self.average = copy.deepcopy(nn.ModuleDict(self._networks())).requires_grad_(False).eval()
+        self.register_buffer("n_averaged", th.zeros(()))
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Compiled code stays behind: a copy samples plainly, a model that is loaded compiles again
-        return {name: value for name, value in super().__getstate__().items() if name != "sample"}
+    def _networks(self) -> dict[str, nn.Module]:
+        """
+        :return: what learns
+        """
+        return {"features_extractor": self.features_extractor, "denoiser": self.denoiser}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()
@@ -147,55 +152,94 @@ class DiffusionActor(BasePolicy):
         The clean actions that the network sees in noisy ones.
 
         :param obs: observations
-        :param noisy_actions: scaled noisy actions, shape (B, A)
+        :param noisy_actions: scaled actions with noise, u = a_0 + r_t z, shape (B, A)
         :param t: level of each sample, shape (B,)
         :return: clean actions, not clipped, shape (B, A)
         """
         features = self.extract_features(obs, self.features_extractor)
-        output = self.denoiser(features, self.c_in[t, None] * noisy_actions, t)
-        return self.c_skip[t, None] * noisy_actions + self.c_out[t, None] * output
+        c_skip, c_out, c_in = self.preconditioning(self.ratios[t, None])
+        return c_skip * noisy_actions + c_out * self.denoiser(features, c_in * noisy_actions, t)
 
-    def denoise_fn(self, obs: PyTorchObs) -> DenoiseFn:
+    def denoise_fn(self, obs: PyTorchObs, average: bool = False) -> DenoiseFn:
         """
         :meth:`denoise` for one chain: the observations' share of the work is done once.
 
         :param obs: observations
-        :return: (x_t of shape (B, A), level t) -> clean actions of shape (B, A)
+        :param average: whether to use the running mean of the weights
+        :return: (u of shape (B, A), level t) -> clean actions of shape (B, A)
         """
-        predict = self.denoiser.condition(self.extract_features(obs, self.features_extractor))
+        networks = self.average if average else self._networks()
+        predict = networks["denoiser"].condition(self.extract_features(obs, networks["features_extractor"]))
 
-        def denoise(x_t: th.Tensor, t: int) -> th.Tensor:
+        def denoise(u: th.Tensor, t: int) -> th.Tensor:
             c_skip, c_out, c_in = self.coefficients[t]
-            return th.add(c_skip * x_t, predict(c_in * x_t, t), alpha=c_out)
+            return th.add(c_skip * u, predict(c_in * u, t), alpha=c_out)
 
         return denoise
 
-    def sample(self, obs: PyTorchObs, noise: th.Tensor) -> th.Tensor:
+    def sample(self, obs: PyTorchObs, noise: th.Tensor, average: bool = False) -> th.Tensor:
         """
         Run the reverse chain with the noise given: a pure function of weights, observation and noise.
 
         :param obs: observations
         :param noise: start of the chain and noise of each step, standard normal, shape (1 + T, B, A)
+        :param average: whether to use the running mean of the weights
         :return: scaled actions, shape (B, A)
         """
-        return self.sampler(self.denoise_fn(obs), self.noise_schedule, noise[0], noise[1:])
+        start = (1 + self.levels[-1] ** 2) ** 0.5 * noise[0]
+        return self.sampler(self.denoise_fn(obs, average), self.levels, start, noise[1:])
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
-        Draw actions. Deterministic means no noise at all, from the start of the chain on: one typical action, which is
-        neither the mean nor, with several modes, always the best.
+        Draw actions with the weights that learn. Deterministic means their running mean, once there is one, and no noise at
+        all, from the start of the chain on: one typical action, which is neither the mean nor, with several modes, always the
+        best.
 
         :param obs: observations
         :param deterministic: whether to leave out all noise
         :return: scaled actions, shape (B, A)
         """
         some = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        shape = (1 + self.noise_schedule.n_steps, len(some), self.action_dim)
+        shape = (1 + len(self.levels), len(some), self.action_dim)
         draw = th.zeros if deterministic else th.randn
-        return self.sample(obs, draw(shape, device=some.device))
+        return self.sample(obs, draw(shape, device=some.device), average=deterministic and self.has_average())
 
+    def has_average(self) -> bool:
+        """
+        :return: whether the weights have been averaged; until then those that were given or initialised answer
+        """
+        return bool(self.n_averaged > 0)
+
+    @th.no_grad()
+    def update_average(self, decay: float) -> None:
+        """
+        Move the running mean towards the present weights, further at first, as in TensorFlow's moving averages: the mean of a
+        short run is not to be its start. Statistics of batch normalisation are copied.
+
+        :param decay: share of the mean that stays, in the long run
+        """
+        share = (9 / (10 + self.n_averaged)).clamp(min=1 - decay)
+        for name, network in self._networks().items():
+            for mean, weight in zip(self.average[name].parameters(), network.parameters(), strict=True):
+                mean.lerp_(weight, share)
+            for mean, statistic in zip(self.average[name].buffers(), network.buffers(), strict=True):
+                mean.copy_(statistic)
+        self.n_averaged += 1
+
+    @th.inference_mode()  # a tenth faster than no_grad, with which SB3 calls it, for a chain's many small tensors
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self(observation, deterministic)
+
+    def train(self, mode: bool = True) -> "DiffusionActor":
+        """
+        Put the networks that learn in either training or evaluation mode; their mean always stays in evaluation mode.
+
+        :param mode: if true, set to training mode, else set to evaluation mode
+        :return: the actor
+        """
+        super().train(mode)
+        self.average.eval()
+        return self
 
 
 class LayerNorm(nn.LayerNorm):
@@ -214,20 +258,16 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
-class ScaledCritic(ContinuousCritic):
+class NormalizedCritic(ContinuousCritic):
     """
-    SB3's critics with layer normalisation before each activation, and values in units of ``scale``: what the networks learn
-    does not depend on the unit of the rewards, and the critics answer in units of the return.
+    SB3's critics with layer normalisation before each activation.
 
     :param layer_norm: whether each hidden layer is normalised
     :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`, all by keyword
     """
 
-    scale: th.Tensor
-
     def __init__(self, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.register_buffer("scale", th.ones(()))
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
         norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
@@ -236,16 +276,10 @@ class ScaledCritic(ContinuousCritic):
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
 
-    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
-        return tuple(self.scale * q_value for q_value in super().forward(obs, actions))
-
-    def q1_forward(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return self.scale * super().q1_forward(obs, actions)
-
 
 class DiffusionPolicy(BasePolicy):
     """
-    Policy class (with both actor and critic) for QSM: ``online_actor`` learns, ``actor``, a running mean of its weights, acts.
+    Policy class (with both actor and critic) for QSM.
 
     :param observation_space: Observation space
     :param action_space: Action space
@@ -261,15 +295,17 @@ class DiffusionPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether to share the features extractor between the actor and the critic
     :param layer_norm: Whether the critics normalise each hidden layer
-    :param diffusion_kwargs: ``n_diffusion_steps``, ``beta_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
-        ``denoiser_kwargs``, ``compile_sampling``: see :class:`DiffusionActor`
+    :param n_diffusion_steps: see :class:`DiffusionActor`, as for all that follow
+    :param noise_schedule: noise levels
+    :param sampler: reverse chain
+    :param preconditioning: what the network predicts
+    :param denoiser_class: network to use
+    :param denoiser_kwargs: keyword arguments for ``denoiser_class``
     """
 
     actor: DiffusionActor
-    online_actor: DiffusionActor
-    critic: ScaledCritic
-    critic_target: ScaledCritic
-    exploring = False  # whether the actor that learns acts
+    critic: NormalizedCritic
+    critic_target: NormalizedCritic
 
     def __init__(
         self,
@@ -286,7 +322,12 @@ class DiffusionPolicy(BasePolicy):
         n_critics: int = 2,
         share_features_extractor: bool = False,
         layer_norm: bool = True,
-        **diffusion_kwargs: Any,
+        n_diffusion_steps: int = 6,
+        noise_schedule: str | schedules.Schedule = "geometric",
+        sampler: str | Sampler = "ddpm",
+        preconditioning: Any = "edm",
+        denoiser_class: str | type[Denoiser] = "late_fusion",
+        denoiser_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
             optimizer_kwargs = dict(fused=True)  # a third of the time of the loop over parameters, same result
@@ -303,12 +344,20 @@ class DiffusionPolicy(BasePolicy):
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
         self.net_arch = [256, 256] if net_arch is None else net_arch
+        self.share_features_extractor = share_features_extractor
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         net_args: dict[str, Any] = dict(
             observation_space=observation_space, action_space=action_space, normalize_images=normalize_images
         )
-        self.diffusion_kwargs = diffusion_kwargs
-        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **diffusion_kwargs)
+        self.diffusion_kwargs: dict[str, Any] = dict(
+            n_diffusion_steps=n_diffusion_steps,
+            noise_schedule=noise_schedule,
+            sampler=sampler,
+            preconditioning=preconditioning,
+            denoiser_class=denoiser_class,
+            denoiser_kwargs=denoiser_kwargs,
+        )
+        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **self.diffusion_kwargs)
         self.critic_kwargs = dict(
             net_args,
             net_arch=critic_arch,
@@ -320,22 +369,20 @@ class DiffusionPolicy(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.online_actor = self.make_actor()
-        shared = self.online_actor.features_extractor if self.critic_kwargs["share_features_extractor"] else None
-        self.actor = self.make_actor(shared)
-        self.critic = self.make_critic(shared)
+        self.actor = self.make_actor()
+        self.critic = self.make_critic(self.actor.features_extractor if self.share_features_extractor else None)
         self.critic_target = self.make_critic()
-        for network, slow_copy in ((self.online_actor, self.actor), (self.critic, self.critic_target)):
-            slow_copy.load_state_dict(network.state_dict())
-        self.train()
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.set_training_mode(False)
 
         # A shared features extractor learns from the actor's loss only
         critic_parameters = [
             parameter
             for name, parameter in self.critic.named_parameters()
-            if shared is None or "features_extractor" not in name
+            if not (self.share_features_extractor and "features_extractor" in name)
         ]
-        for network, parameters in ((self.online_actor, self.online_actor.parameters()), (self.critic, critic_parameters)):
+        actor_parameters = [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
+        for network, parameters in ((self.actor, actor_parameters), (self.critic, critic_parameters)):
             network.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -344,7 +391,7 @@ class DiffusionPolicy(BasePolicy):
             net_arch=self.net_arch,
             activation_fn=self.critic_kwargs["activation_fn"],
             n_critics=self.critic_kwargs["n_critics"],
-            share_features_extractor=self.critic_kwargs["share_features_extractor"],
+            share_features_extractor=self.share_features_extractor,
             layer_norm=self.critic_kwargs["layer_norm"],
             lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
             optimizer_class=self.optimizer_class,
@@ -358,31 +405,25 @@ class DiffusionPolicy(BasePolicy):
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
         return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> ScaledCritic:
-        return ScaledCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> NormalizedCritic:
+        return NormalizedCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self._predict(obs, deterministic=deterministic)
+        return self.actor(obs, deterministic)
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return (self.online_actor if self.exploring else self.actor)(observation, deterministic)
+        return self.actor._predict(observation, deterministic)
 
-    def train(self: SelfPolicy, mode: bool = True) -> SelfPolicy:
+    def set_training_mode(self, mode: bool) -> None:
         """
-        Put the policy in either training or evaluation mode; the slow copies always stay in evaluation mode.
+        Put the policy in either training or evaluation mode, but for the target critics and the actor's mean.
 
         :param mode: if true, set to training mode, else set to evaluation mode
-        :return: the policy
         """
-        slow_copies, networks = (self.actor, self.critic_target), (self.online_actor, self.critic)
-        # Otherwise a walk over all modules at each predict
-        if [it.training for it in (self, *networks, *slow_copies)] != [mode, mode, mode, False, False]:
+        if [self.training, self.actor.training, self.critic.training] != [mode] * 3:  # else a walk over all modules each time
+            self.actor.set_training_mode(mode)
+            self.critic.set_training_mode(mode)
             self.training = mode
-            for slow_copy in slow_copies:
-                slow_copy.train(False)
-            for network in networks:  # after the slow copies, with one of which they may share a features extractor
-                network.train(mode)
-        return self
 
 
 MlpPolicy = DiffusionPolicy

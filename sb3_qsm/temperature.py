@@ -11,12 +11,10 @@ from torch import nn
 
 class Temperature(nn.Module):
     """
-    A constant temperature.
+    Base class: override ``update``.
 
-    :param ent_coef: the temperature, positive
+    :param ent_coef: the temperature to begin with, positive
     """
-
-    log_ent_coef: th.Tensor
 
     def __init__(self, ent_coef: float) -> None:
         super().__init__()
@@ -33,6 +31,17 @@ class Temperature(nn.Module):
         :param entropy: estimate of the policy's entropy in nats, shape ()
         :return: loss of the temperature, as SAC logs it, shape ()
         """
+        raise NotImplementedError
+
+
+class FixedTemperature(Temperature):
+    """
+    A constant temperature.
+
+    :param ent_coef: the temperature, positive
+    """
+
+    def update(self, entropy: th.Tensor) -> th.Tensor:
         return th.zeros_like(entropy)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,8 +69,6 @@ class AutoTemperature(Temperature):
         self.target_entropy = target_entropy
         self.step = rate / action_dim
 
-    load_state_dict = nn.Module.load_state_dict
-
     def update(self, entropy: th.Tensor) -> th.Tensor:
         gap = (entropy - self.target_entropy).detach()
         loss = self.log_ent_coef * gap
@@ -86,7 +93,7 @@ def make_temperature(ent_coef: str | float, target_entropy: str | float, action_
     wanted = _number(-action_dim / 2 if target_entropy == "auto" else target_entropy)
     if not math.isfinite(wanted):
         raise ValueError(f'target_entropy must be a number or "auto", got {target_entropy!r}')
-    return AutoTemperature(start, wanted, action_dim) if automatic else Temperature(start)
+    return AutoTemperature(start, wanted, action_dim) if automatic else FixedTemperature(start)
 
 
 def _number(value: str | float) -> float:

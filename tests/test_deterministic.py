@@ -7,15 +7,15 @@ import torch as th
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.noise import NormalActionNoise
 
-from sb3_qsm import QSM
+from sb3_qsm import QSM, PublishedQSM
 from sb3_qsm.samplers import SAMPLERS
 
 SMALL = dict(learning_starts=15, batch_size=8, buffer_size=200, device="cpu")
 
 
-def trained(seed=0, log_interval=4, **kwargs):
+def trained(seed=0, log_interval=4, algorithm=QSM, **kwargs):
     env = gym.make("Pendulum-v1", max_episode_steps=10)
-    model = QSM("MlpPolicy", env, seed=seed, policy_kwargs=dict(net_arch=[16]), **SMALL | kwargs)
+    model = algorithm("MlpPolicy", env, seed=seed, policy_kwargs=dict(net_arch=[16]), **SMALL | kwargs)
     return model.learn(45, log_interval=log_interval)
 
 
@@ -32,7 +32,7 @@ def assert_bit_equal(first, second):
     "kwargs",
     [
         {},
-        dict(score_target="published", target_policy_noise=0.1, ent_coef=0.02),
+        dict(algorithm=PublishedQSM),
         dict(n_steps=3, action_noise=NormalActionNoise(np.zeros(1), 0.1 * np.ones(1))),
     ],
 )

@@ -1,4 +1,4 @@
-"""A policy that is handed over acts as it did."""
+"""An exported policy acts as it did."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import torch as th
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import SimpleMultiObsEnv
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qsm import QSM, MlpPolicy
@@ -104,8 +104,9 @@ def test_policy_file(model, observations, tmp_path):
     th.manual_seed(0)
     np.testing.assert_array_equal(first, exported_policy(model).predict(observations))
     assert first.std() > 0.01 and np.abs(first - expected).max() > 0.01
-    for name, weight in model.policy.state_dict().items():
-        assert th.equal(policy.policy.state_dict()[name], weight)
+    for name, weight in model.actor.state_dict().items():
+        assert th.equal(policy.actor.state_dict()[name], weight)
+    np.testing.assert_array_equal(policy.predict(observations[0], deterministic=True), expected[0])
 
 
 def test_policy_file_of_dictionaries(tmp_path):
@@ -156,12 +157,39 @@ def test_observations_to_compare_with_are_in_the_box(box, low, high, model):
 
 
 def test_model_without_its_normalisation(model, tmp_path):
-    """The statistics are not in SB3's file: a policy without them would answer, and wrongly."""
+    """The statistics are not in SB3's file: a policy without them would answer, and wrongly, whatever else is given."""
     model.save(tmp_path / "model")
-    for write in (save_policy, export_onnx):
-        with pytest.raises(ValueError, match=r"env must be the VecNormalize of the training, got None: give it to QSM.load"):
-            write(QSM.load(tmp_path / "model", device="cpu"), tmp_path / "policy")
+    for env in (None, make_vec_env("Pendulum-v1"), VecNormalize(make_vec_env("Pendulum-v1"), norm_obs=False)):
+        for write in (save_policy, export_onnx):
+            with pytest.raises(ValueError, match=r"env must be the VecNormalize of the training, .*: give it to QSM.load"):
+                write(QSM.load(tmp_path / "model", env=env, device="cpu"), tmp_path / "policy")
     save_policy(QSM.load(tmp_path / "model", env=model.env, device="cpu"), tmp_path / "policy")
+
+
+@pytest.mark.parametrize("env", [None, "Pendulum-v1"])
+@pytest.mark.parametrize("norm_reward", [False, True])
+def test_model_whose_observations_were_never_normalised(env, norm_reward, tmp_path):
+    vec_env = make_vec_env("Pendulum-v1")
+    trained_on = VecNormalize(vec_env, norm_obs=False) if norm_reward else vec_env
+    model = QSM("MlpPolicy", trained_on, policy_kwargs=dict(net_arch=[8]), **SMALL).learn(12)
+    model.save(tmp_path / "model")
+    loaded = QSM.load(tmp_path / "model", env=env and make_vec_env(env), device="cpu")
+    save_policy(loaded, tmp_path / "policy")
+    obs = np.ones((2, 3), np.float32)
+    found = load_policy(tmp_path / "policy").predict(obs, deterministic=True)
+    np.testing.assert_array_equal(found, model.predict(obs, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_images_and_a_shared_features_extractor(channel_last, tmp_path):
+    """The weights that actor and critics share are written once; images may come in either order of axes, as for predict."""
+    env = FakeImageEnv(screen_height=36, screen_width=40, n_channels=1, discrete=False, channel_first=not channel_last)
+    kwargs = dict(share_features_extractor=True, net_arch=[8], features_extractor_kwargs=dict(features_dim=8))
+    model = QSM("CnnPolicy", env, policy_kwargs=kwargs, **SMALL | dict(buffer_size=50)).learn(12)
+    save_policy(model, tmp_path / "policy")
+    obs = np.stack([env.observation_space.sample()] * 2)
+    expected, _ = model.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(load_policy(tmp_path / "policy").predict(obs, deterministic=True), expected)
 
 
 class OwnPolicy(MlpPolicy):
@@ -180,7 +208,7 @@ def test_policy_with_a_class_among_its_arguments(tmp_path):
     save_policy(QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=policy_kwargs, **SMALL), tmp_path / "policy")
     with pytest.raises(ValueError, match="policy_kwargs must be given again"):
         load_policy(tmp_path / "policy")
-    assert load_policy(tmp_path / "policy", policy_kwargs).policy.critic_kwargs["activation_fn"] is th.nn.ReLU
+    load_policy(tmp_path / "policy", policy_kwargs)
 
 
 def test_policy_files_that_are_refused(model, tmp_path):
@@ -194,7 +222,7 @@ def test_policy_files_that_are_refused(model, tmp_path):
         "truncated": lambda: path.write_bytes(content[:-1]),
         "another file": lambda: path.write_bytes(b"no safetensors"),
         "no header": lambda: save_file(tensors, path),
-        "format 1": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"format": 1})}),
+        "format 2": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"format": 2})}),
         "no keys": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"keys": ["position"]})}),
         "another class": lambda: save_file(tensors, path, {"sb3_qsm": json.dumps(header | {"policy_class": "os.system"})}),
     }
@@ -203,7 +231,7 @@ def test_policy_files_that_are_refused(model, tmp_path):
         broken[f"without {name}"] = partial(save_file, rest, path, {"sb3_qsm": json.dumps(header)})
     for what, write in broken.items():
         write()
-        with pytest.raises(ValueError, match=r"policy.safetensors refused: " + ("format 1" if what == "format 1" else "")):
+        with pytest.raises(ValueError, match=r"policy.safetensors refused: " + ("format 2" if what == "format 2" else "")):
             load_policy(path)
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from sb3_qsm.losses import (
     action_gradient,
     box_entropy,
-    box_score,
+    box_score_target,
     box_target,
-    published_score,
+    published_score_target,
     published_target,
     score_matching_loss,
     truncated_normal_mean,
@@ -80,12 +80,10 @@ def test_truncated_normal_mean_at_the_centre():
 @pytest.mark.parametrize("ratio", [0.05, 0.25, 1.0, 2.5, 10.0])
 @pytest.mark.parametrize("slope", [-20.0, -1.0, 0.0, 0.3, 5.0, 100.0])
 def test_box_target_is_exact_for_linear_q(ratio, slope):
-    alpha = 1 / math.sqrt(1 + ratio**2)
-    noisy_actions = th.linspace(-3, 3, 61)[:, None]
+    noisy_actions = th.linspace(-3, 3, 61)[:, None] * math.sqrt(1 + ratio**2)
     ent_coef, q_grad = th.tensor(0.2), th.full((61, 1), 0.2 * slope)
-    alphas, sigmas = th.full((61, 1), alpha), th.full((61, 1), ratio * alpha)
-    target = box_target(noisy_actions, alphas, sigmas, q_grad, ent_coef, max_shift=math.inf)
-    mean, std = noisy_actions[:, 0] / alpha, np.full(61, ratio)
+    target = box_target(noisy_actions, th.full((61, 1), ratio), q_grad, ent_coef, max_shift=math.inf)
+    mean, std = noisy_actions[:, 0], np.full(61, ratio)
     expected = posterior_mean(mean, std, np.full(61, slope))
     # float32 has seven digits of the location before truncation
     location = np.abs(mean.numpy() + ratio**2 * slope)
@@ -96,32 +94,28 @@ def test_box_target_is_exact_for_linear_q(ratio, slope):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_box_target_cuts_long_shifts(sign):
     # r = 0.5: a shift of r^2 g / lambda = 0.25 g / lambda, at most 4 r = 2, reached at g / lambda = 8
-    alpha, sigma = th.full((4, 1), math.sqrt(0.8)), th.full((4, 1), math.sqrt(0.2))
     slope = sign * th.tensor([[3.0], [8.0], [80.0], [math.inf]])
-    target = box_target(math.sqrt(0.8) * th.full((4, 1), 0.1), alpha, sigma, slope, th.tensor(1.0))
+    target = box_target(th.full((4, 1), 0.1), th.full((4, 1), 0.5), slope, th.tensor(1.0))
     expected = posterior_mean(0.1 + sign * np.array([0.75, 2.0, 2.0, 2.0]), np.full(4, 0.5))
     np.testing.assert_allclose(target[:, 0], expected, atol=1e-5)
 
 
 def test_box_target_for_little_noise():
-    """As r -> 0 inside the box, the implied noise is the published one times r = sigma / alpha."""
-    alpha, sigma = th.tensor([[1 / math.sqrt(1.0001)]]), th.tensor([[0.01 / math.sqrt(1.0001)]])
-    noisy_actions, q_grad, ent_coef = th.tensor([[0.3, -0.7]]), th.tensor([[2.0, -3.0]]), th.tensor(0.5)
-    target = box_target(noisy_actions, alpha, sigma, q_grad, ent_coef)
-    implied = (noisy_actions - alpha * target) / sigma
+    """As r -> 0 inside the box, the implied noise is the published one times r."""
+    ratio, noisy_actions = th.tensor([[0.01]]), th.tensor([[0.3, -0.7]])
+    q_grad, ent_coef = th.tensor([[2.0, -3.0]]), th.tensor(0.5)
+    implied = (noisy_actions - box_target(noisy_actions, ratio, q_grad, ent_coef)) / ratio
     np.testing.assert_allclose(implied, -0.01 * q_grad / ent_coef, rtol=1e-3)
-    published = (noisy_actions - alpha * published_target(noisy_actions, alpha, sigma, q_grad, ent_coef)) / sigma
+    published = (noisy_actions - published_target(noisy_actions, ratio, q_grad, ent_coef)) / ratio
     np.testing.assert_allclose(implied, 0.01 * published, rtol=1e-3)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 1.0, 5.0])
 def test_box_target_for_flat_q(ratio):
-    """With g = 0 it is E[a_0 | a_t] of a uniform policy."""
-    alpha = th.full((61, 1), 1 / math.sqrt(1 + ratio**2))
-    noisy_actions = th.linspace(-3, 3, 61)[:, None]
-    target = box_target(noisy_actions, alpha, ratio * alpha, th.zeros(61, 1), th.tensor(1.0))
-    expected = posterior_mean(noisy_actions[:, 0] * math.sqrt(1 + ratio**2), np.full(61, ratio))
-    np.testing.assert_allclose(target[:, 0], expected, atol=2e-5)
+    """With g = 0 it is E[a_0 | u] of a uniform policy."""
+    noisy_actions = th.linspace(-3, 3, 61)[:, None] * math.sqrt(1 + ratio**2)
+    target = box_target(noisy_actions, th.full((61, 1), ratio), th.zeros(61, 1), th.tensor(1.0))
+    np.testing.assert_allclose(target[:, 0], posterior_mean(noisy_actions[:, 0], np.full(61, ratio)), atol=2e-5)
 
 
 def bowl(actions):
@@ -130,49 +124,46 @@ def bowl(actions):
 
 
 def test_published_target_by_hand():
-    # alpha 0.8, sigma 0.6, lambda 0.02 (M_q = 50): noise = -50 g = -5, a_0 = (0.4 + 0.6 * 5) / 0.8
-    alpha, sigma = th.tensor([[0.8]]), th.tensor([[0.6]])
-    noisy_actions = th.tensor([[0.4, 2.0]])
-    target = published_target(noisy_actions, alpha, sigma, th.tensor([[0.1, 0.0]]), th.tensor(0.02))
+    # a_t = (0.4, 2), alpha 0.8, sigma 0.6: u = (0.5, 2.5), r = 0.75. lambda 0.02 (M_q = 50): noise = -50 g = -5 for g = 0.1,
+    # a_0 = (0.4 + 0.6 * 5) / 0.8
+    noisy_actions, ratio = th.tensor([[0.5, 2.5]]), th.tensor([[0.75]])
+    target = published_target(noisy_actions, ratio, th.tensor([[0.1, 0.0]]), th.tensor(0.02))
     np.testing.assert_allclose(target, [[4.25, 2.5]], rtol=1e-6)
 
 
-def test_published_score_follows_the_gradient_at_the_noisy_action():
-    alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.02)
-    noisy_actions = th.tensor([[0.4, -2.0]])
-    target, q_grad = published_score(bowl, th.full((1, 2), math.nan), noisy_actions, alpha, sigma, ent_coef)
+def test_published_target_follows_the_gradient_at_the_noisy_action():
+    """At that of the variance-preserving chain, a_t = 0.8 u for r = 0.75."""
+    noisy_actions, ratio, ent_coef = th.tensor([[0.5, -2.5]]), th.tensor([[0.75]]), th.tensor(0.02)
+    target, q_grad = published_score_target(bowl, th.full((1, 2), math.nan), noisy_actions, ratio, ent_coef)
     np.testing.assert_allclose(q_grad, [[0.8, -4.0]], rtol=1e-6)
-    assert th.equal(target, published_target(noisy_actions, alpha, sigma, q_grad, ent_coef))
+    assert th.equal(target, published_target(noisy_actions, ratio, q_grad, ent_coef))
 
 
-def test_box_score_follows_the_gradient_between_the_answer_in_the_box_and_that_of_a_flat_q():
-    alpha, sigma, ent_coef = th.tensor([[0.8]]), th.tensor([[0.6]]), th.tensor(0.5)
-    noisy_actions = th.tensor([[0.4, -2.0]])
-    target, q_grad = box_score(bowl, th.tensor([[0.3, -1.7]]), noisy_actions, alpha, sigma, ent_coef)
+def test_box_target_follows_the_gradient_between_the_answer_in_the_box_and_that_of_a_flat_q():
+    noisy_actions, ratio, ent_coef = th.tensor([[0.5, -2.5]]), th.tensor([[0.75]]), th.tensor(0.5)
+    target, q_grad = box_score_target(bowl, th.tensor([[0.3, -1.7]]), noisy_actions, ratio, ent_coef)
     flat_q = posterior_mean(np.array([0.5, -2.5]), np.full(2, 0.75))
     np.testing.assert_allclose(q_grad, [2 * (0.64 * np.array([0.3, -1.0]) + 0.36 * flat_q)], rtol=1e-4)
-    assert th.equal(target, box_target(noisy_actions, alpha, sigma, q_grad, ent_coef))
+    assert th.equal(target, box_target(noisy_actions, ratio, q_grad, ent_coef))
 
 
 @pytest.mark.parametrize("ratio", [0.03, 0.06, 0.1])
 def test_answer_that_is_its_own_target_is_right_for_quadratic_q(ratio):
     """
-    exp(-k |a - 0.3|^2 / 2 lambda) N(a_t / alpha, r^2) is a normal. Far from the bounds its mean is the fixed point, as long as
-    little noise leaves the gradient at the answer.
+    exp(-k |a - 0.3|^2 / 2 lambda) N(u, r^2) is a normal. Far from the bounds its mean is the fixed point, as long as little
+    noise leaves the gradient at the answer.
     """
-    alpha, precision, ent_coef = 1 / math.sqrt(1 + ratio**2), 12.0, th.tensor(0.2)
-    noisy_actions = alpha * th.tensor([[-0.2, 0.3, 0.5]])
-    alphas, sigmas = th.full((1, 1), alpha), th.full((1, 1), ratio * alpha)
-    answer = th.zeros(1, 3)
+    precision, ent_coef = 12.0, th.tensor(0.2)
+    noisy_actions, answer = th.tensor([[-0.2, 0.3, 0.5]]), th.zeros(1, 3)
 
     def q_fn(actions):
         return -precision / 2 * (actions - 0.3).pow(2).sum(dim=1, keepdim=True)
 
     for _ in range(200):
-        target, _ = box_score(q_fn, answer, noisy_actions, alphas, sigmas, ent_coef)
+        target, _ = box_score_target(q_fn, answer, noisy_actions, th.full((1, 1), ratio), ent_coef)
         answer = answer.lerp(target, 0.2)
     weights = np.array([1 / ratio**2, precision / 0.2])
-    expected = (weights[0] * noisy_actions.numpy() / alpha + weights[1] * 0.3) / weights.sum()
+    expected = (weights[0] * noisy_actions.numpy() + weights[1] * 0.3) / weights.sum()
     np.testing.assert_allclose(answer, expected, atol=2e-3)
 
 
@@ -195,10 +186,9 @@ def test_score_matching_loss_by_hand():
 
 
 def test_score_matching_loss_is_the_error_of_the_noise():
-    alpha, sigma = th.tensor([[0.8], [0.6]]), th.tensor([[0.6], [0.8]])
-    noisy_actions, predicted, wanted = th.tensor([[0.1], [0.9]]), th.tensor([[0.3], [-0.4]]), th.tensor([[1.0], [0.5]])
-    clean = [(noisy_actions - sigma * noise) / alpha for noise in (predicted, wanted)]
-    loss = score_matching_loss(*clean, sigma / alpha)
+    ratio, noisy_actions = th.tensor([[0.75], [4 / 3]]), th.tensor([[0.1], [0.9]])
+    predicted, wanted = th.tensor([[0.3], [-0.4]]), th.tensor([[1.0], [0.5]])
+    loss = score_matching_loss(*(noisy_actions - ratio * noise for noise in (predicted, wanted)), ratio)
     assert loss.item() == pytest.approx((0.7**2 + 0.9**2) / 2, rel=1e-5)
 
 

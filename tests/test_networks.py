@@ -1,5 +1,7 @@
 """Denoisers and preconditioning: identities that hold for any weights."""
 
+import math
+
 import numpy as np
 import pytest
 import torch as th
@@ -18,7 +20,7 @@ from sb3_qsm.networks import (
     noise_preconditioning,
 )
 from sb3_qsm.policies import DiffusionActor
-from sb3_qsm.schedules import NoiseSchedule, box_betas
+from sb3_qsm.schedules import geometric_ratios
 
 F, A, T, B = 5, 3, 4, 7
 
@@ -55,16 +57,15 @@ def test_is_an_mlp_on_the_concatenation(net_arch):
     denoiser = MLPDenoiser(F, A, T, net_arch, activation_fn=nn.Mish, time_dim=6, time_net_arch=(10, 4))
     features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.arange(B) % T
     inputs = th.cat([noisy_actions, features, denoiser.time_net(t.float())], dim=1)
-    expected = denoiser.layers(denoiser.input_layer(inputs))
-    np.testing.assert_allclose(denoiser(features, noisy_actions, t).detach(), expected.detach(), atol=1e-5)
+    np.testing.assert_allclose(denoiser(features, noisy_actions, t).detach(), denoiser.layers(inputs).detach(), atol=1e-5)
     kinds = [type(layer) for layer in denoiser.layers]
-    assert kinds == ([nn.Mish, nn.Linear, nn.Mish, nn.Linear] if net_arch else [])
+    assert kinds == [nn.Linear, nn.Mish] * len(net_arch) + [nn.Linear]
     assert [type(layer) for layer in denoiser.time_net] == [FourierFeatures, nn.Linear, nn.Mish, nn.Linear]
 
 
 @pytest.mark.parametrize("net_arch", [[], [16], [16, 8, 4]])
 def test_late_fusion_joins_the_action_at_the_second_layer(net_arch):
-    """Up to there it is a network of the features alone: W2 relu(W1 f + b1) + b2 + U a + v_t, then relu and the rest."""
+    """Up to there it is a network of the features alone: W2 relu(W1 f + b1) + b2 + U a + c + v_t, then relu and the rest."""
     denoiser = LateFusionDenoiser(F, A, T, net_arch)
     features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.arange(B) % T
     linear = [layer for layer in denoiser.encoder if isinstance(layer, nn.Linear)]
@@ -72,7 +73,8 @@ def test_late_fusion_joins_the_action_at_the_second_layer(net_arch):
     for i, layer in enumerate(linear):
         hidden = (hidden.relu() if i else hidden) @ layer.weight.T + layer.bias
     assert len(linear) == min(2, len(net_arch))
-    hidden = hidden + noisy_actions @ denoiser.action_layer.weight.T + denoiser.levels[t]
+    action_layer = denoiser.action_layer
+    hidden = hidden + noisy_actions @ action_layer.weight.T + action_layer.bias + denoiser.levels[t]
     for layer in (layer for layer in denoiser.head if isinstance(layer, nn.Linear)):
         hidden = hidden.relu() @ layer.weight.T + layer.bias
     np.testing.assert_allclose(denoiser(features, noisy_actions, t).detach(), hidden.detach(), atol=1e-5)
@@ -107,29 +109,25 @@ def test_base_class():
 
 
 def test_noise_preconditioning():
-    """a_0 = (a_t - sigma F) / alpha: the network's output is the noise."""
-    schedule = NoiseSchedule(box_betas(T))
-    skip, out, scale_in = noise_preconditioning(schedule.alpha, schedule.sigma)
-    noisy_actions, output = th.randn(T), th.randn(T)
-    clean = skip * noisy_actions + out * output
-    np.testing.assert_allclose(clean, (noisy_actions - schedule.sigma * output) / schedule.alpha, rtol=1e-5, atol=1e-6)
-    assert th.equal(scale_in, th.ones(T))
+    """The network's output is the noise of u = a_0 + r z, its input the variance-preserving u / sqrt(1 + r^2)."""
+    skip, out, scale_in = noise_preconditioning(th.tensor([0.75]))
+    assert (skip * 2.0 + out * 3.0).item() == pytest.approx(2 - 0.75 * 3)
+    assert scale_in.item() == pytest.approx(0.8)
 
 
 def test_edm_preconditioning_by_hand():
-    # alpha = sigma / r: r = 0.8 with alpha 0.5, sigma 0.4; s^2 + r^2 = 0.36 + 0.64 = 1 for s = 0.6
-    c = edm_preconditioning(th.tensor([0.5]), th.tensor([0.4]))
-    np.testing.assert_allclose(th.cat(c), [0.36 / 0.5, 0.8 * 0.6, 1 / 0.5], rtol=1e-6)
+    # r = 0.8: s^2 + r^2 = 0.36 + 0.64 = 1 for s = 0.6; of a number as of a tensor
+    for ratio in (0.8, th.tensor(0.8)):
+        assert [float(c) for c in edm_preconditioning(ratio)] == pytest.approx([0.36, 0.48, 1.0])
 
 
 def test_edm_preconditioning_laws():
     """For actions of spread s: inputs and targets of the network have unit variance, and c_skip is the best linear guess."""
-    schedule = NoiseSchedule(box_betas(T))
-    alpha, sigma, std = schedule.alpha, schedule.sigma, 0.3
-    skip, out, scale_in = edm_preconditioning(alpha, sigma, std)
-    np.testing.assert_allclose(scale_in**2 * (alpha**2 * std**2 + sigma**2), 1, rtol=1e-5)
-    np.testing.assert_allclose(((1 - skip * alpha) ** 2 * std**2 + skip**2 * sigma**2) / out**2, 1, rtol=1e-4)
-    np.testing.assert_allclose(skip, alpha * std**2 / (alpha**2 * std**2 + sigma**2), rtol=1e-5)
+    ratios, std = geometric_ratios(T), 0.3
+    skip, out, scale_in = edm_preconditioning(ratios, std)
+    np.testing.assert_allclose(scale_in**2 * (std**2 + ratios**2), 1, rtol=1e-5)
+    np.testing.assert_allclose(((1 - skip) ** 2 * std**2 + skip**2 * ratios**2) / out**2, 1, rtol=1e-4)
+    np.testing.assert_allclose(skip, std**2 / (std**2 + ratios**2), rtol=1e-5)
 
 
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
@@ -146,19 +144,82 @@ def test_chain_and_batch_denoise_alike(preconditioning):
 def test_denoise_applies_the_preconditioning(preconditioning):
     actor = make_actor(n_diffusion_steps=T, preconditioning=preconditioning)
     obs, noisy_actions, t = th.rand(B, F), th.randn(B, A), th.arange(B) % T
-    schedule = actor.noise_schedule
-    skip, out, scale_in = (c[t, None] for c in PRECONDITIONINGS[preconditioning](schedule.alpha, schedule.sigma))
+    skip, out, scale_in = PRECONDITIONINGS[preconditioning](geometric_ratios(T).float()[t, None])
     expected = skip * noisy_actions + out * actor.denoiser(obs, scale_in * noisy_actions, t)
     np.testing.assert_allclose(actor.denoise(obs, noisy_actions, t).detach(), expected.detach(), atol=1e-6)
 
 
 def test_sample_reads_noise_by_level():
-    """The first slice starts the chain; slice 1 + t is the noise of level t, which the authors' chain adds for t > 0."""
-    actor = make_actor(n_diffusion_steps=2, sampler="running_clip", preconditioning="noise", beta_schedule="vp")
+    """The first slice starts the chain; slice 1 + t is the noise of level t."""
+    seen = []
+
+    def sampler(denoise_fn, ratios, start, noise):
+        seen.append((ratios, start, noise))
+        return start
+
+    actor = make_actor(n_diffusion_steps=2, sampler=sampler)
+    noise = th.randn(3, B, A)
+    actor.sample(th.zeros(B, F), noise)
+    ((ratios, start, rest),) = seen
+    assert ratios == pytest.approx([0.1, 2.5]) and all(type(ratio) is float for ratio in ratios)
+    np.testing.assert_allclose(start, math.sqrt(1 + 2.5**2) * noise[0], rtol=1e-6)
+    assert th.equal(rest, noise[1:])
+
+
+@pytest.mark.parametrize("denoiser_class", DENOISERS)
+def test_chain_goes_through_every_module(denoiser_class):
+    """What hooks, adapters and quantisation rest on: each layer is called, and another one in its place is used."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1.0
+
+    actor = make_actor(n_diffusion_steps=T, denoiser_class=denoiser_class)
+    called = set()
+    layers = {name: layer for name, layer in actor.denoiser.named_modules() if not list(layer.children())}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *args, name=name: called.add(name))
+    before = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
+    assert called == {name for name in layers if not isinstance(layers[name], nn.Identity)}
+    name = next(name for name, layer in reversed(layers.items()) if isinstance(layer, nn.Linear))
+    old = actor.denoiser.get_submodule(name)
+    adapted = Adapted(old.in_features, old.out_features)
+    adapted.load_state_dict(old.state_dict())
+    actor.denoiser.set_submodule(name, adapted)
+    after = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
+    assert (after - before).abs().min() > 0.05
+    np.testing.assert_allclose(after.detach(), actor.denoise(th.zeros(B, F), th.zeros(B, A), th.ones(B).long()).detach(), atol=1e-5)
+
+
+def test_running_mean_by_hand():
+    """9/10 of the way at first, 9/11 next, later 1 - decay; the deterministic action is that of the mean."""
+    actor = make_actor(n_diffusion_steps=T)
+    weight, mean = (networks["denoiser"].action_layer.weight for networks in (actor._networks(), actor.average))
+    start = mean.clone()
+    assert th.equal(weight, start) and not actor.has_average() and not mean.requires_grad
+    weight.data.add_(1.0)
+    actor.update_average(decay=0.75)
+    th.testing.assert_close(mean, start + 0.9)
+    actor.update_average(decay=0.75)
+    th.testing.assert_close(mean, start + 1 - 0.1 * 2 / 11)
+    actor.n_averaged.fill_(1000)
+    actor.update_average(decay=0.75)
+    th.testing.assert_close(mean, start + 1 - 0.75 * 0.1 * 2 / 11)
+    obs, noise = th.zeros(1, F), th.zeros(1 + T, 1, A)
+    assert th.equal(actor(obs, deterministic=True), actor.sample(obs, noise, average=True))
+    assert not th.equal(actor.sample(obs, noise), actor.sample(obs, noise, average=True))
+
+
+def test_weights_answer_until_there_is_a_mean():
+    actor, obs = make_actor(), th.zeros(1, F)
     for parameter in actor.denoiser.parameters():
-        parameter.data.zero_()
-    noise = th.tensor([0.01, 7.0, 0.02])[:, None, None].expand(3, 1, A)
-    betas = actor.noise_schedule.betas
-    # The predicted noise is 0: x is divided by sqrt(1 - beta) at each step, and sqrt(beta_1) * 0.02 joins in between
-    expected = (0.01 / (1 - betas[1]).sqrt() + betas[1].sqrt() * 0.02) / (1 - betas[0]).sqrt()
-    np.testing.assert_allclose(actor.sample(th.zeros(1, F), noise).detach(), expected.expand(1, A), rtol=1e-5)
+        parameter.data.normal_()
+    assert th.equal(actor(obs, deterministic=True), actor.sample(obs, th.zeros(7, 1, A)))
+    actor.update_average(decay=0.0)
+    assert all(th.equal(*pair) for pair in zip(actor.denoiser.parameters(), actor.average["denoiser"].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("ratios", [[0.1, 0.1], [0.2, 0.1], [0.0, 1.0], [-1.0, 1.0], [0.1, math.inf], [math.nan, 1.0], [0.1], [[0.1, 1.0]]])
+def test_ratios_that_are_refused(ratios):
+    with pytest.raises(ValueError, match=r"noise_schedule must return n_diffusion_steps=2 positive rising ratios, got \["):
+        make_actor(n_diffusion_steps=2, noise_schedule=lambda n_steps: th.tensor(ratios))

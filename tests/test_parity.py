@@ -1,5 +1,5 @@
 """
-One update of the authors' JAX learner, recorded with all its random draws, reproduced by the ``paper`` configuration.
+One update of the authors' JAX learner, recorded with all its random draws, reproduced by :class:`PublishedQSM`.
 
 ``data/authors_update.npz``: repository score_matching_rl, commit 2e77893, run once with flax 0.12.8 and jax 0.10.2 on a CPU in
 float32; see ``data/README.md`` for its keys. The only stand-in here is the random number generator, which replays the record.
@@ -11,13 +11,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-import yaml
 from gymnasium import spaces
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-import sb3_qsm
-from sb3_qsm import QSM
+from sb3_qsm import PublishedQSM
 
 RECORD = np.load(Path(__file__).parent / "data" / "authors_update.npz")
 
@@ -38,19 +36,19 @@ def authors_weights(when: str, target_prefix: str) -> dict[str, th.Tensor]:
     :return: the record's parameters under our names; kernels of flax are (in, out)
     """
     names = {}
-    for ours in ("actor.denoiser", "online_actor.denoiser"):
+    for ours in ("actor.denoiser", "actor.average.denoiser"):
         names[f"{ours}.time_net.1"] = "score_model/MLP_0/Dense_0"
         names[f"{ours}.time_net.3"] = "score_model/MLP_0/Dense_1"
-        names[f"{ours}.input_layer"] = "score_model/MLP_1/Dense_0"
-        names[f"{ours}.layers.1"] = "score_model/MLP_1/Dense_1"
-        names[f"{ours}.layers.3"] = "score_model/MLP_1/Dense_2"
+        names[f"{ours}.layers.0"] = "score_model/MLP_1/Dense_0"
+        names[f"{ours}.layers.2"] = "score_model/MLP_1/Dense_1"
+        names[f"{ours}.layers.4"] = "score_model/MLP_1/Dense_2"
     for ours, prefix in [("critic", ""), ("critic_target", target_prefix)]:
         for i in (0, 1):
             names[f"{ours}.qf{i}.0"] = f"{prefix}critic_{i + 1}/MLP_0/Dense_0"
             names[f"{ours}.qf{i}.2"] = f"{prefix}critic_{i + 1}/MLP_0/Dense_1"
             names[f"{ours}.qf{i}.4"] = f"{prefix}critic_{i + 1}/Dense_0"
     frequencies = tensor(f"{when}/score_model/FourierFeatures_0/kernel")[:, 0]
-    weights = {f"{ours}.denoiser.time_net.0.frequencies": frequencies for ours in ("actor", "online_actor")}
+    weights = {f"{ours}.denoiser.time_net.0.frequencies": frequencies for ours in ("actor", "actor.average")}
     for ours, theirs in names.items():
         weights[f"{ours}.weight"] = tensor(f"{when}/{theirs}/kernel").T
         weights[f"{ours}.bias"] = tensor(f"{when}/{theirs}/bias")
@@ -58,33 +56,11 @@ def authors_weights(when: str, target_prefix: str) -> dict[str, th.Tensor]:
 
 
 @pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
-    """The paper configuration in the record's sizes, with the record's batch, weights and random numbers."""
-    paper = yaml.safe_load((Path(sb3_qsm.__file__).parent / "hyperparams" / "paper.yml").read_text())["default"]
-    policy_kwargs = eval(paper["policy_kwargs"], {"nn": th.nn}) | dict(net_arch=[16, 16])
-    keys = [
-        "learning_rate",
-        "ent_coef",
-        "value_scale",
-        "score_target",
-        "policy_delay",
-        "actor_tau",
-        "target_policy_noise",
-        "pessimism",
-        "actor_lr_decay_updates",
-        "gamma",
-        "tau",
-    ]
-    model = QSM(
-        "MlpPolicy",
-        SpacesOnly(),
-        policy_kwargs=policy_kwargs,
-        device="cpu",
-        **{key: paper[key] for key in keys if key in paper},
-    )
+def model(monkeypatch: pytest.MonkeyPatch) -> PublishedQSM:
+    """The published configuration in the record's sizes, with the record's batch, weights and random numbers."""
+    model = PublishedQSM("MlpPolicy", SpacesOnly(), policy_kwargs=dict(net_arch=[16, 16]), buffer_size=100, device="cpu")
     model.set_logger(configure(None, []))
-    plain_values = {f"{name}.scale": th.ones(()) for name in ("critic", "critic_target")}
-    weights = authors_weights("before", "") | plain_values
+    weights = authors_weights("before", "") | {"actor.n_averaged": th.zeros(())}
     assert model.policy.state_dict().keys() == weights.keys()
     model.policy.load_state_dict(weights)
     batch = {key: tensor(f"batch/{key}") for key in ("observations", "actions", "next_observations")}
@@ -99,12 +75,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> QSM:
     return model
 
 
-def test_schedule(model: QSM) -> None:
-    np.testing.assert_allclose(model.actor.noise_schedule.betas, RECORD["betas"], rtol=1e-6)
-    np.testing.assert_allclose(model.actor.noise_schedule.alpha**2, RECORD["alpha_hats"], rtol=1e-5)
+def test_schedule(model: PublishedQSM) -> None:
+    np.testing.assert_allclose(1 / (1 + model.actor.ratios**2), RECORD["alpha_hats"], rtol=1e-5)
 
 
-def test_one_update(model: QSM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_update(model: PublishedQSM, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = []
 
     def mse_loss(q_value: th.Tensor, target: th.Tensor) -> th.Tensor:

@@ -12,17 +12,24 @@ import pytest
 import torch as th
 
 from sb3_qsm.losses import SCORE_TARGETS
-from sb3_qsm.samplers import SAMPLERS, ddim_sample, ddpm_sample, running_clip_sample
-from sb3_qsm.schedules import BETA_SCHEDULES, NoiseSchedule, box_betas, vp_betas
+from sb3_qsm.published import running_clip_sample
+from sb3_qsm.samplers import SAMPLERS, ddim_sample, ddpm_sample
+from sb3_qsm.schedules import SCHEDULES, geometric_ratios, vp_ratios
 
 MEAN, STD = 0.4, 0.1
-BY_HAND = [0.36, 0.75]  # alpha 0.8, 0.4; sigma 0.6, sqrt(0.84)
+CHAINS = SAMPLERS | {"running_clip": running_clip_sample}
+BY_HAND = [0.75, math.sqrt(5.25)]  # betas 0.36, 0.75; alpha 0.8, 0.4; sigma 0.6, sqrt(0.84)
 
 
-def unit_noise(n_steps):
+def start_of(ratios, noise):
+    """Start of a chain: as wide as clean actions of size one under the last level's noise."""
+    return math.sqrt(1 + ratios[-1] ** 2) * noise
+
+
+def unit_noise(ratios):
     """Start and noise of a chain, in rows: none, a unit at the start, a unit at each step."""
-    noise = th.eye(n_steps + 2)[1:, :, None]
-    return noise[0], noise[1:]
+    noise = th.eye(len(ratios) + 2)[1:, :, None]
+    return start_of(ratios, noise[0]), noise[1:]
 
 
 def moments(rows):
@@ -31,24 +38,18 @@ def moments(rows):
     return rows[0].item(), (rows[1:] - rows[0]).norm().item()
 
 
-def gaussian_denoiser(schedule):
-    """Exact E[a_0 | a_t] for a_0 ~ N(MEAN, STD^2)."""
-
-    def denoise(x_t, t):
-        alpha, sigma = schedule.alpha[t], schedule.sigma[t]
-        return (sigma**2 * MEAN + alpha * STD**2 * x_t) / (sigma**2 + alpha**2 * STD**2)
-
-    return denoise
+def gaussian_denoiser(ratios):
+    """Exact E[a_0 | u] for a_0 ~ N(MEAN, STD^2)."""
+    return lambda u, t: (ratios[t] ** 2 * MEAN + STD**2 * u) / (ratios[t] ** 2 + STD**2)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_gaussian_law(sampler):
+@pytest.mark.parametrize("name", CHAINS)
+def test_gaussian_law(name):
     errors = []
     for n_steps in (10, 50, 250):
-        schedule = NoiseSchedule(vp_betas(n_steps))
-        x_T, noise = unit_noise(n_steps)
-        mean, std = moments(SAMPLERS[sampler](gaussian_denoiser(schedule), schedule, x_T, noise, math.inf))
-        # The chain starts from N(0, 1) in place of N(alpha_T MEAN, 1): a deterministic chain keeps that for ever
+        ratios = vp_ratios(n_steps).tolist()
+        mean, std = moments(CHAINS[name](gaussian_denoiser(ratios), ratios, *unit_noise(ratios), math.inf))
+        # The chain starts around 0 in place of MEAN: a deterministic chain keeps that for ever
         assert mean == pytest.approx(MEAN, abs=4e-3)
         errors.append(abs(std - STD))
     assert errors == sorted(errors, reverse=True)
@@ -56,136 +57,133 @@ def test_gaussian_law(sampler):
 
 
 def test_gaussian_law_by_sampling():
-    schedule = NoiseSchedule(vp_betas(100))
+    ratios = vp_ratios(100).tolist()
     noise = th.randn((101, 20_000, 2), generator=th.Generator().manual_seed(0))
-    actions = ddpm_sample(gaussian_denoiser(schedule), schedule, noise[0], noise[1:])
+    actions = ddpm_sample(gaussian_denoiser(ratios), ratios, start_of(ratios, noise[0]), noise[1:])
     np.testing.assert_allclose(actions.mean(dim=0), [MEAN, MEAN], atol=5 * STD / math.sqrt(20_000))
     np.testing.assert_allclose(actions.std(dim=0), [0.082, 0.082], rtol=0.04)  # 0.0824 by the exact law above
 
 
 @pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_every_level_has_the_forward_law(sampler, beta_schedule):
-    """When the clean action is known, the chain at level t must be N(alpha_t a_0, sigma_t^2), as in the forward process."""
-    schedule = NoiseSchedule(BETA_SCHEDULES[beta_schedule](7))
-    x_T, noise = unit_noise(7)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_level_has_the_forward_law(sampler, schedule):
+    """When the clean action is known, the chain at level t must be N(a_0, r_t^2), as in the forward process."""
+    ratios = SCHEDULES[schedule](7).tolist()
+    _, noise = unit_noise(ratios)
+    start = MEAN + ratios[-1] * th.eye(9)[1][:, None]
     seen = []
 
-    def denoise(x_t, t):
-        seen.append((t, *moments(x_t)))
-        return th.full_like(x_t, MEAN)
+    def denoise(u, t):
+        seen.append((t, *moments(u)))
+        return th.full_like(u, MEAN)
 
-    sampler(denoise, schedule, schedule.alpha[-1] * MEAN + schedule.sigma[-1] * x_T, noise)
-    expected = [(t, schedule.alpha[t] * MEAN, schedule.sigma[t]) for t in reversed(range(7))]
-    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    sampler(denoise, ratios, start, noise)
+    np.testing.assert_allclose(seen, [(t, MEAN, ratios[t]) for t in reversed(range(7))], rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_denoiser_sees_every_level_once(sampler):
-    schedule = NoiseSchedule(vp_betas(4))
+@pytest.mark.parametrize("name", CHAINS)
+def test_denoiser_sees_every_level_once(name):
+    ratios = vp_ratios(4).tolist()
     levels = []
-    SAMPLERS[sampler](lambda x_t, t: levels.append(t) or x_t, schedule, *unit_noise(4))
+    CHAINS[name](lambda u, t: levels.append(t) or u, ratios, *unit_noise(ratios))
     assert levels == [3, 2, 1, 0] and all(type(t) is int for t in levels)
 
 
 def test_ddpm_step_by_hand():
-    # Posterior of Ho et al., Eq. 7, from level 1 (abar 0.16, beta 0.75) to level 0 (abar 0.64), x_1 = 0.5, guess 0.3:
+    # Posterior of Ho et al., Eq. 7, from level 1 (abar 0.16, beta 0.75) to level 0 (abar 0.64), a_1 = 0.5, guess 0.3:
     # mean = sqrt(0.64) * 0.75 / 0.84 * 0.3 + sqrt(0.25) * 0.36 / 0.84 * 0.5, variance = 0.36 / 0.84 * 0.75
     guesses = {1: 0.3, 0: 0.9}
     seen = {}
 
-    def denoise(x_t, t):
-        seen[t] = x_t.item()
-        return th.full_like(x_t, guesses[t])
+    def denoise(u, t):
+        seen[t] = u.item()
+        return th.full_like(u, guesses[t])
 
-    action = ddpm_sample(denoise, NoiseSchedule(th.tensor(BY_HAND)), th.tensor([[0.5]]), th.tensor([[[7.0]], [[2.0]]]))
-    assert seen[1] == 0.5
-    assert seen[0] == pytest.approx(0.214285714 + 0.107142857 + 2 * math.sqrt(0.321428571), rel=1e-6)
+    action = ddpm_sample(denoise, BY_HAND, th.tensor([[0.5 / 0.4]]), th.tensor([[[7.0]], [[2.0]]]))
+    assert seen[1] == pytest.approx(0.5 / 0.4)
+    assert 0.8 * seen[0] == pytest.approx(0.214285714 + 0.107142857 + 2 * math.sqrt(0.321428571), rel=1e-6)
     assert action.item() == pytest.approx(0.9)  # the last step adds no noise
 
 
 def test_ddim_step_by_hand():
-    # noise = (0.5 - 0.4 * 0.3) / sqrt(0.84), x_0 = 0.8 * 0.3 + 0.6 * noise
+    # noise = (0.5 - 0.4 * 0.3) / sqrt(0.84), a_0 = 0.8 * 0.3 + 0.6 * noise
     seen = []
     ddim_sample(
-        lambda x_t, t: seen.append(x_t.item()) or th.full_like(x_t, 0.3),
-        NoiseSchedule(th.tensor(BY_HAND)),
-        th.tensor([[0.5]]),
-        th.full((2, 1, 1), 7.0),
+        lambda u, t: seen.append(u.item()) or th.full_like(u, 0.3), BY_HAND, th.tensor([[0.5 / 0.4]]), th.full((2, 1, 1), 7.0)
     )
-    assert seen == pytest.approx([0.5, 0.24 + 0.6 * 0.38 / math.sqrt(0.84)], rel=1e-6)
+    assert [0.4 * seen[0], 0.8 * seen[1]] == pytest.approx([0.5, 0.24 + 0.6 * 0.38 / math.sqrt(0.84)], rel=1e-6)
 
 
 @pytest.mark.parametrize("noise, clipped", [(-0.2, False), (2.0, True)])
 def test_running_clip_by_hand(noise, clipped):
-    # Level 1: e = (0.5 - 0.12) / sqrt(0.84), x = (0.5 - 0.75 / sqrt(0.84) e) / 0.5 + sqrt(0.75) noise
+    # Level 1: e = (0.5 - 0.12) / sqrt(0.84), a = (0.5 - 0.75 / sqrt(0.84) e) / 0.5 + sqrt(0.75) noise
     middle = (0.5 - 0.75 * 0.38 / 0.84) / 0.5 + math.sqrt(0.75) * noise
     assert (abs(middle) > 1) == clipped
     middle = min(max(middle, -1), 1)
-    # Level 0: beta = sigma^2 = 0.36, no noise: x = (middle - (middle - 0.8 * 0.3)) / 0.8 = 0.3
+    # Level 0: beta = sigma^2 = 0.36, no noise: a = (middle - (middle - 0.8 * 0.3)) / 0.8 = 0.3
     seen = []
     action = running_clip_sample(
-        lambda x_t, t: seen.append(x_t.item()) or th.full_like(x_t, 0.3),
-        NoiseSchedule(th.tensor(BY_HAND)),
-        th.tensor([[0.5]]),
+        lambda u, t: seen.append(u.item()) or th.full_like(u, 0.3),
+        BY_HAND,
+        th.tensor([[0.5 / 0.4]]),
         th.tensor([[[7.0]], [[noise]]]),
     )
-    assert seen == pytest.approx([0.5, middle], rel=1e-5)
+    assert [0.4 * seen[0], 0.8 * seen[1]] == pytest.approx([0.5, middle], rel=1e-5)
     assert action.item() == pytest.approx(0.3, rel=1e-5)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_what_is_clipped(sampler):
-    """DDPM and DDIM clip the guess and let x_t run; the authors' chain lets the guess run and clips x_t."""
-    schedule, x_T, noise = NoiseSchedule(vp_betas(6)), th.full((1, 1), 3.0), th.full((6, 1, 1), 3.0)
+@pytest.mark.parametrize("name", CHAINS)
+def test_what_is_clipped(name):
+    """DDPM and DDIM clip the guess and let u run; the authors' chain lets the guess run and clips a_t."""
+    ratios = vp_ratios(6).tolist()
+    start, noise = start_of(ratios, th.full((1, 1), 3.0)), th.full((6, 1, 1), 3.0)
 
     def chain(guess):
         seen = []
 
-        def denoise(x_t, t):
-            seen.append(x_t.item())
-            return th.full_like(x_t, guess)
+        def denoise(u, t):
+            seen.append(u.item() / math.sqrt(1 + ratios[t] ** 2))
+            return th.full_like(u, guess)
 
-        assert SAMPLERS[sampler](denoise, schedule, x_T, noise, 0.5).item() == 0.5
+        assert CHAINS[name](denoise, ratios, start, noise, 0.5).item() == 0.5
         return seen[1:]
 
     running = chain(5.0)
-    if sampler == "running_clip":
-        assert running == [0.5] * 5
+    if name == "running_clip":
+        assert running == pytest.approx([0.5] * 5)
     else:
         assert running == chain(0.5) and max(running) > 0.5
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_noise_is_an_argument(sampler):
-    schedule, sample = NoiseSchedule(box_betas(6)), SAMPLERS[sampler]
+@pytest.mark.parametrize("name", CHAINS)
+def test_noise_is_an_argument(name):
+    ratios, sample = geometric_ratios(6).tolist(), CHAINS[name]
     noise = th.randn((7, 3, 2), generator=th.Generator().manual_seed(0))
     state = th.get_rng_state()
-    first, second = (sample(gaussian_denoiser(schedule), schedule, noise[0], noise[1:]) for _ in range(2))
+    first, second = (sample(gaussian_denoiser(ratios), ratios, noise[0], noise[1:]) for _ in range(2))
     assert th.equal(th.get_rng_state(), state) and th.equal(first, second)
     # DDIM takes all its randomness from the start
-    other = sample(gaussian_denoiser(schedule), schedule, noise[0], th.zeros_like(noise[1:]))
-    assert th.equal(first, other) == (sampler == "ddim")
+    other = sample(gaussian_denoiser(ratios), ratios, noise[0], th.zeros_like(noise[1:]))
+    assert th.equal(first, other) == (name == "ddim")
 
 
 def chain_mean(score_target, optimum, sign):
     """Mean of the DDPM chain when the denoiser fits ``sign`` times the target of Q = -|a - optimum|^2 / 2 exactly."""
-    beta_schedule, ent_coef = {"box": (box_betas, 0.03), "published": (vp_betas, 0.3)}[score_target]
-    schedule = NoiseSchedule(beta_schedule(10))
+    schedule, ent_coef = {"box": (geometric_ratios, 0.03), "published": (vp_ratios, 0.3)}[score_target]
+    ratios = schedule(10).tolist()
 
     def q_fn(actions):
         return -0.5 * sign * (actions - th.tensor(optimum)).pow(2).sum(dim=1, keepdim=True)
 
-    def denoise(x_t, t):
-        alpha, sigma = (values[t].expand(len(x_t), 1) for values in (schedule.alpha, schedule.sigma))
-        answer = th.zeros_like(x_t)
+    def denoise(u, t):
+        answer = th.zeros_like(u)
         for _ in range(60):  # towards the answer that is its own target
-            target, _ = SCORE_TARGETS[score_target](q_fn, answer, x_t, alpha, sigma, th.tensor(ent_coef))
+            target, _ = SCORE_TARGETS[score_target](q_fn, answer, u, th.full((len(u), 1), ratios[t]), th.tensor(ent_coef))
             answer = answer.lerp(target, 0.1)
         return answer
 
     noise = th.randn((11, 2000, len(optimum)), generator=th.Generator().manual_seed(0))
-    return ddpm_sample(denoise, schedule, noise[0], noise[1:]).mean(dim=0)
+    return ddpm_sample(denoise, ratios, start_of(ratios, noise[0]), noise[1:]).mean(dim=0)
 
 
 @pytest.mark.parametrize("score_target", SCORE_TARGETS)

@@ -3,11 +3,9 @@
 import copy
 import io
 import json
-import math
 import pathlib
 import zipfile
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -19,7 +17,7 @@ from sb3_qsm.policies import DiffusionActor
 CHOICES = dict(
     net_arch=dict(pi=[16], qf=[8]),
     n_diffusion_steps=3,
-    beta_schedule="cosine",
+    noise_schedule="cosine",
     sampler="ddim",
     preconditioning="noise",
     denoiser_class="mlp",
@@ -35,27 +33,6 @@ def model():
     """A model far from its initialisation, the temperature included."""
     model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=CHOICES, ent_coef="auto_0.5", learning_rate=1e-2, **SMALL)
     return model.learn(40)
-
-
-def test_value_scale_goes_on(model, tmp_path):
-    model.save(tmp_path / "model")
-    loaded = QSM.load(tmp_path / "model", model.env)
-    assert loaded._squared_rewards == model._squared_rewards and loaded._squared_rewards[1] == 40
-    assert loaded.critic.scale == loaded.critic_target.scale == model.critic.scale != 1
-    loaded.learn(20)
-    assert loaded._squared_rewards[1] == 60, "the rewards before count for the scale"
-
-
-def test_value_scale_goes_with_the_weights(model):
-    """Also into a new model: other rewards do not change at once what the critics say."""
-    other = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=CHOICES, **SMALL | dict(learning_rate=0.0, gamma=0.5))
-    other.set_parameters(copy.deepcopy(model.get_parameters()))
-    scale = other.critic.scale.item()
-    assert scale == model.critic.scale != 1
-    other.env = gym.wrappers.TransformReward(gym.make("Pendulum-v1"), lambda reward: 0.0 * reward)
-    other.set_env(other.env)
-    other.learn(20)
-    assert other._n_updates == 10 and other.critic.scale.item() == pytest.approx(scale * math.sqrt(200 / 220))
 
 
 def observations(model, n=5):
@@ -101,13 +78,13 @@ def test_save_load(model, tmp_path, kind):
     assert_same(predictions(model, obs), predictions(loaded, obs))
     # Weights, both networks' optimizers, temperature
     assert_same_state(model.get_parameters(), loaded.get_parameters())
-    assert loaded.policy.diffusion_kwargs == model.policy.diffusion_kwargs
+    assert loaded.policy.actor_kwargs == model.policy.actor_kwargs
     assert loaded._n_updates == 30 and loaded.num_timesteps == 40
-    before = loaded.get_parameters()["online_actor.optimizer"]["state"][0]["step"].item()
+    before = loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item()
     loaded.learn(20, reset_num_timesteps=False)
     assert loaded.num_timesteps == 60 and loaded._n_updates > 30
     assert (
-        loaded.get_parameters()["online_actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
+        loaded.get_parameters()["actor.optimizer"]["state"][0]["step"].item() == before + (loaded._n_updates - 30) // 2
     )
 
 
@@ -194,7 +171,7 @@ def test_other_policies(policy, env, share, tmp_path):
     assert_same(expected, predictions(QSM.load(tmp_path / "model", device="cpu"), obs))
     loaded = type(model.policy).load(tmp_path / "policy", device="cpu")
     assert_same(expected, predictions(loaded, obs))
-    assert (loaded.online_actor.features_extractor is loaded.critic.features_extractor) == share
+    assert (loaded.actor.features_extractor is loaded.critic.features_extractor) == share
 
 
 def test_replay_buffer(model, tmp_path):
@@ -210,14 +187,60 @@ def test_file_is_small_and_readable(model, tmp_path):
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         names = set(archive.namelist())
         data = json.loads(archive.read("data"))
-    assert {"policy.pth", "online_actor.optimizer.pth", "critic.optimizer.pth", "temperature.pth"} <= names
-    assert not {"actor", "online_actor", "critic", "critic_target", "temperature", "_score_target"} & set(data)
+    assert {f"{name}.pth" for name in ("policy", "actor.optimizer", "critic.optimizer", "temperature", "reward_scale")} <= names
+    assert not {"actor", "critic", "critic_target", "temperature", "reward_scale", "_score_target"} & set(data)
     assert data["ent_coef"] == "auto_0.5" and data["score_target"] == "box"
-    assert data["actor_lr_decay_updates"] == math.inf
 
 
 def test_no_float64_and_no_schedule_in_the_weights(model):
     assert {value.dtype for value in model.policy.state_dict().values()} == {th.float32}
     assert {value.dtype for value in [*model.policy.parameters(), *model.policy.buffers()]} == {th.float32}
     assert {value.dtype for value in model.temperature.state_dict().values()} == {th.float32}
-    assert not [name for name in model.policy.state_dict() if "schedule" in name or "c_skip" in name or "levels" in name]
+    assert not [name for name in model.policy.state_dict() if "ratios" in name or "levels" in name]
+
+
+def answers(model, observations):
+    return model.predict(observations, deterministic=True)[0]
+
+
+def test_weights_given_to_the_actor_are_kept():
+    """As one transfers or clones a policy with SAC: state dict into ``model.actor``, then training goes on from it."""
+    obs = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    kwargs = dict(policy_kwargs=dict(net_arch=[16]), **SMALL | dict(learning_starts=0))
+    teacher = QSM("MlpPolicy", "Pendulum-v1", **kwargs | dict(seed=1)).learn(20)
+    student = QSM("MlpPolicy", "Pendulum-v1", learning_rate=1e-6, **kwargs | dict(seed=2)).learn(4)
+    distance = np.abs(answers(student, obs) - answers(teacher, obs)).mean()
+    student.actor.load_state_dict(teacher.actor.state_dict())
+    np.testing.assert_array_equal(answers(student, obs), answers(teacher, obs))
+    student.learn(10)
+    assert np.abs(answers(student, obs) - answers(teacher, obs)).mean() < 0.1 * distance
+
+
+def test_cloned_behaviour_answers_and_goes_on():
+    """Weights trained from outside are those that act, deterministic or not, until a running mean has begun."""
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[16]), **SMALL)
+    optimizer = th.optim.Adam(model.actor.parameters(), lr=0.01)
+    for _ in range(100):
+        obs, actions = th.randn(64, 3), th.full((64, 1), 0.75)
+        t = th.randint(6, (64,))
+        noisy = actions + model.actor.ratios[t, None] * th.randn_like(actions)
+        loss = ((model.actor.denoise(obs, noisy, t) - actions) ** 2).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    obs = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    assert np.abs(answers(model, obs) - 2 * 0.75).mean() < 0.1
+    model.lr_schedule = lambda _: 1e-6
+    model.learn(20)
+    assert model.actor.has_average() and np.abs(answers(model, obs) - 2 * 0.75).mean() < 0.1
+
+
+def test_running_mean_goes_into_a_new_model():
+    """It does not begin anew: one update of the actor moves it as little as it would have in the old model."""
+    kwargs = dict(policy_kwargs=dict(net_arch=[16]), **SMALL | dict(learning_starts=0))
+    old = QSM("MlpPolicy", "Pendulum-v1", learning_rate=3e-3, **kwargs).learn(300)
+    new = QSM("MlpPolicy", "Pendulum-v1", learning_rate=0.0, **kwargs)
+    new.set_parameters(copy.deepcopy(old.get_parameters()))
+    vector = lambda module: th.nn.utils.parameters_to_vector(module.parameters()).clone()  # noqa: E731
+    mean, weights = vector(new.actor.average["denoiser"]), vector(new.actor.denoiser)
+    new.learn(2)
+    moved = (vector(new.actor.average["denoiser"]) - mean).norm() / (weights - mean).norm()
+    assert moved.item() == pytest.approx(9 / 160, rel=1e-3)

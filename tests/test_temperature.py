@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from sb3_qsm.losses import box_entropy
-from sb3_qsm.temperature import AutoTemperature, Temperature, make_temperature
+from sb3_qsm.temperature import AutoTemperature, FixedTemperature, make_temperature
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_converges_to_the_entropy_asked_for(slope):
 
 
 def test_fixed_stays():
-    temperature = Temperature(0.2)
+    temperature = FixedTemperature(0.2)
     for _ in range(3):
         assert temperature.update(th.tensor(100.0)) == 0
     assert temperature.value().item() == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("kind", [Temperature, lambda value: AutoTemperature(value, -1.0, 1)])
+@pytest.mark.parametrize("kind", [FixedTemperature, lambda value: AutoTemperature(value, -1.0, 1)])
 def test_value_is_a_float32_constant(kind):
     value = kind(0.3).value()
     assert value.shape == () and value.dtype == th.float32 and not value.requires_grad

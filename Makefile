@@ -21,7 +21,7 @@ train: $(VENV)/.zoo
 		--tensorboard-log logs/tensorboard --progress $(ARGS)
 	$(BIN)/python -m sb3_qsm.zoo plot logs
 
-# make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray, pictures
+# make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray
 test pytest: $(VENV)/.tests
 	$(BIN)/python -m pytest -m "not expensive" $(ARGS)
 
@@ -30,7 +30,7 @@ conformance: $(VENV)/.tests
 
 smoke: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks run smoke --jobs 2
-	$(BIN)/python -m benchmarks report benchmarks/results/smoke
+	$(BIN)/python -m benchmarks report smoke
 
 type: $(VENV)/.tests
 	$(BIN)/mypy sb3_qsm benchmarks

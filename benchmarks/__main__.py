@@ -26,11 +26,11 @@ def chosen_runs(args: argparse.Namespace) -> list[Run]:
 
 def source_of(name: str) -> Path:
     """
-    :param name: name of collected results, or path of a suite's runs
-    :return: path of either
+    :param name: name of a suite, or path of its runs
+    :return: its runs of this checkout, or else its collected results
     """
-    collected = RESULTS / f"{name}.csv"
-    return collected if collected.exists() else Path(name)
+    places = (Path(name), RUNS / name, RESULTS / f"{name}.csv")
+    return next((place for place in places if place.exists()), places[0])
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     for verb, does in ((tables, "print the tables of a suite in Markdown"), (report, "write a page of tables and figures")):
         sub = verbs.add_parser(verb.__name__, help=does)
         sub.set_defaults(verb=verb)
-        sub.add_argument("results", help="name in benchmarks/results, or folder of a suite's runs")
+        sub.add_argument("results", help="name of a suite with runs or results, or folder of its runs")
         if verb is report:
             sub.add_argument("--out", type=Path, help="the page; by default benchmarks/runs/NAME.html")
     sub = verbs.add_parser("figures", help="draw the pictures of the documentation")

@@ -28,7 +28,6 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "qvpo": ("QVPO", "#7b3294", "-"),
     "dacer_style": ("DACER-style", "#999999", "-"),
 }
-MAX_CURVES = 10  # more cannot be told apart
 plt.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "font.size": 12, "axes.titlesize": 12, "legend.frameon": False,
@@ -81,7 +80,7 @@ def finish(figure: Figure, first: Axes) -> Figure:
     :return: the figure with one legend above its panels
     """
     handles, labels = first.get_legend_handles_labels()
-    columns = min(len(labels), 5)
+    columns = min(len(labels), 60 // (8 + max(map(len, labels))))  # 60 characters are as wide as a figure
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=2.6)
     return figure
 
@@ -95,7 +94,7 @@ def draw_all_tasks(ax: Axes, results: list[Result], mode: str, reference: str) -
     """
     curves = normalised(results, scales(results, reference), mode)
     steps = results[0].rows(mode)["step"].to_numpy()
-    for name, style in list(styles(list(curves)).items())[:MAX_CURVES]:
+    for name, style in styles(list(curves)).items():
         draw_band(ax, steps, estimate(iqm, curves[name]), style)
     ax.axhline(1, color="grey", lw=1)
 
@@ -108,7 +107,7 @@ def learning_curves(results: list[Result], mode: str, axis: str = "step") -> Fig
     :return: one panel per task, interquartile mean over seeds, band its 95 % interval; all tasks together where there is room
     """
     tasks = list(dict.fromkeys(it.task for it in results))
-    algorithms = list(dict.fromkeys(it.algorithm for it in results))[:MAX_CURVES]
+    algorithms = list(dict.fromkeys(it.algorithm for it in results))
     style = styles(algorithms)
     columns = min(len(tasks), 2)
     n_rows = -(-len(tasks) // columns)

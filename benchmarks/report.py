@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ from benchmarks.statistics import (
 )
 
 Row = dict[str, Any]
+# Of learning curves, shape (..., E)
+SUMMARIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "final return": lambda curves: curves[..., -1],
+    "mean over training": lambda curves: np.asarray(curves.mean(axis=-1)),
+}
 
 
 def number(value: float) -> str:
@@ -107,7 +112,7 @@ def seed_table(results: list[Result], mode: str) -> list[Row]:
     table = []
     for task, algorithm, runs in by_task(results):
         row: Row = {"task": task, "algorithm": algorithm, "seeds": ", ".join(str(run.seed) for run in runs)}
-        for column, summary in (("final return", lambda it: it[:, -1]), ("mean over training", lambda it: it.mean(axis=1))):
+        for column, summary in SUMMARIES.items():
             values = summary(curves[task, algorithm])
             row[column] = ", ".join(map(number, values))
             level = iqm(summary(curves[task, reference])[:, None]) if (task, reference) in curves else 0.0
@@ -127,9 +132,10 @@ def aggregate_table(results: list[Result], mode: str) -> list[Row]:
     curves = normalised(results, scale, mode)
     table = []
     for algorithm, scores in curves.items():
+        row: Row = {"algorithm": algorithm, "seeds": len(scores)}
+        for column, summary in SUMMARIES.items():
+            row[column] = interval(estimate(iqm, summary(scores)))
         better = estimate(improvement, scores[..., -1], curves[reference][..., -1])
-        row: Row = {"algorithm": algorithm, "seeds": len(scores), "final": interval(estimate(iqm, scores[..., -1]))}
-        row["mean over training"] = interval(estimate(iqm, scores.mean(axis=-1)))
         row[f"P(better than {reference})"] = "" if algorithm == reference else interval(better)
         table.append(row | {"runs": [it for seed in complete_runs(results, algorithm, scale) for it in seed]})
     return table
@@ -154,20 +160,16 @@ def outcome_table(results: list[Result], mode: str) -> list[Row]:
 def cost_table(results: list[Result]) -> list[Row]:
     """
     :param results: all results
-    :return: a row for each task, algorithm and machine: medians, and the largest memory
+    :return: a row for each task, algorithm and machine: medians
     """
     table = []
     for task, algorithm, all_runs in by_task(results):
         for machine in dict.fromkeys((it.meta["cpu"], it.meta["device"]) for it in all_runs):
             runs = [it for it in all_runs if (it.meta["cpu"], it.meta["device"]) == machine]
             row: Row = {"task": task, "algorithm": algorithm, "machine": ", ".join(machine)}
-            for column, key, summary in (
-                ("steps/s", "steps_per_s", np.median),
-                ("ms per action", "ms_per_action", np.median),
-                ("training s", "training_s", np.median),
-                ("peak MB", "peak_memory_mb", np.max),
-            ):
-                row[column] = float(summary([it.meta[key] for it in runs]))
+            row["steps/s"], row["training s"] = (
+                float(np.median([it.meta[key] for it in runs])) for key in ("steps_per_s", "training_s")
+            )
             table.append(row | {"runs": runs})
     return table
 

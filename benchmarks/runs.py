@@ -9,10 +9,8 @@ import json
 import math
 import os
 import platform
-import resource
 import shutil
 import subprocess
-import sys
 import time
 import traceback
 from dataclasses import asdict
@@ -194,35 +192,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "sb3_qsm": sb3_qsm.__version__, **installed}
 
 
-def peak_memory_mb() -> float:
-    """Peak memory of this process; on Linux, ``ru_maxrss`` would count that of the process that started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
 @functools.cache
 def checkpoints_name() -> str:
     """Name of the folder of checkpoints: a run goes on only with the code that began it."""
     files = sorted(path for folder in (Path(sb3_qsm.__file__).parent, Path(__file__).parent) for path in folder.rglob("*.py"))
     return f"checkpoints-{hashlib.sha256(b''.join(path.read_bytes() for path in files)).hexdigest()[:16]}"
-
-
-def ms_per_action(model: BaseAlgorithm, envs: VecEnv) -> float:
-    """
-    :param model: trained model
-    :param envs: environments to take an observation from
-    :return: median time in ms of one sampled action for one observation
-    """
-    obs = envs.reset()
-    obs = {key: value[:1] for key, value in obs.items()} if isinstance(obs, dict) else obs[:1]  # type: ignore[index]
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        model.predict(obs)  # type: ignore[arg-type]
-        times.append(time.perf_counter() - start)
-    return round(1e3 * float(np.median(times)), 3)
 
 
 def train(run: Run, folder: Path, revision: str) -> None:
@@ -236,9 +210,8 @@ def train(run: Run, folder: Path, revision: str) -> None:
     recorder = Recorder(run, folder)  # before the model, which sets the seeds: making environments draws random numbers
     model = make_model(run)
     model.set_logger(configure(str(folder), ["csv"]))
-    # The recorder comes first: a checkpoint holds the evaluation of its own step
     resume = ResumeCallback(max(run.eval_freq // model.n_envs, 1), folder / checkpoints_name())
-    model.learn(run.n_timesteps, [recorder, resume], log_interval=None)  # type: ignore[arg-type]
+    model.learn(run.n_timesteps, [resume, recorder], log_interval=None)  # type: ignore[arg-type]
     model.logger.close()
     model.save(folder / "model")
     (folder / "progress.csv").rename(folder / "training.csv")
@@ -252,8 +225,6 @@ def train(run: Run, folder: Path, revision: str) -> None:
         "training_s": round(recorder.training_s, 1),
         "evaluation_s": round(recorder.evaluation_s, 1),
         "steps_per_s": round(run.n_timesteps / recorder.training_s, 2),
-        "ms_per_action": ms_per_action(model, recorder.envs),
-        "peak_memory_mb": round(peak_memory_mb()),
         "device": str(model.device),
         **machine(),
         "versions": versions(),

@@ -16,7 +16,7 @@ N_RESAMPLES = 2000
 KEY = ["task", "algorithm", "seed"]
 # What is kept of meta.json, in the order of the columns
 COLUMNS = [
-    *KEY, "n_timesteps", "hyperparams", "training_s", "steps_per_s", "ms_per_action", "peak_memory_mb",
+    *KEY, "n_timesteps", "hyperparams", "training_s", "steps_per_s",
     "device", "cpu", "versions", "started", "git_revision", "command",
 ]  # fmt: skip
 
@@ -65,14 +65,14 @@ class Result:
         :param mode: "deterministic" or "sampled"
         :return: mean return of each evaluation, shape (E,)
         """
-        return self.rows(mode).filter(regex="^return_").mean(axis=1).to_numpy()
+        return np.asarray(self.rows(mode).filter(regex="^return_").mean(axis=1))
 
     def outcomes(self, mode: str) -> np.ndarray:
         """
         :param mode: "deterministic" or "sampled"
         :return: which of its equally good ends each episode of each evaluation had, -1 for none, shape (E, episodes)
         """
-        return self.rows(mode).filter(regex="^outcome_").to_numpy(dtype=int)
+        return np.asarray(self.rows(mode).filter(regex="^outcome_"), dtype=int)
 
 
 def read_results(source: Path) -> list[Result]:

@@ -140,7 +140,7 @@ def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """
     text = str(hyperparams.get("policy_kwargs", {}))
     try:
-        return eval(text, {"nn": nn})
+        return dict(eval(text, {"nn": nn}))
     except Exception as error:
         raise ValueError(f"policy_kwargs {text!r} cannot be read: {error}") from error
 

@@ -2,20 +2,20 @@ import numpy as np
 import pytest
 import torch as th
 
-pytest.importorskip("scipy")
+pytest.importorskip("sb3_contrib")
 
 from benchmarks.algorithms import ALGORITHMS, algorithm_class
-from benchmarks.peers import DIPO, QVPO, DACERStyle, DiffusionQL, InwardClamp, best_of
-from benchmarks.worlds import Bandit
+from benchmarks.baselines import DIPO, QVPO, DACERStyle, DiffusionQL, InwardClamp, best_of
+from benchmarks.environments import Bandit
 from sb3_qsm import QSM
 
 OPTIMUM = np.array([0.5, -0.3])
-SMALL = dict(net_arch=[32, 32], denoiser_class="mlp", n_diffusion_steps=3, beta_schedule="cosine", preconditioning="noise")
-PEERS = {
+SMALL = dict(net_arch=[32, 32], denoiser_class="mlp", n_diffusion_steps=3, noise_schedule="cosine", preconditioning="noise")
+BASELINES = {
     DiffusionQL: {},
     DIPO: dict(n_action_steps=5, action_lr=0.1),
     QVPO: dict(n_samples=8),
-    DACERStyle: dict(entropy_interval=50, value_scale=1.0),
+    DACERStyle: dict(entropy_interval=50, normalize_reward=False),
 }
 
 
@@ -23,14 +23,14 @@ def bandit_model(cls, n_steps=300, **kwargs):
     """On a bandit with one optimum, with ``n_steps`` random actions in the buffer and nothing learnt yet."""
     settings = dict(
         learning_rate=2e-3,
-        actor_tau=1.0,
+        ema_decay=0.0,
         learning_starts=n_steps,
         buffer_size=5000,
         seed=0,
         device="cpu",
         policy_kwargs=SMALL,
     )
-    return cls("MlpPolicy", Bandit([OPTIMUM]), **{**settings, **PEERS[cls], **kwargs}).learn(n_steps)
+    return cls("MlpPolicy", Bandit([OPTIMUM]), **{**settings, **BASELINES[cls], **kwargs}).learn(n_steps)
 
 
 def batch(model, size=64):
@@ -48,7 +48,7 @@ def distance_to_optimum(model):
     return np.linalg.norm(actions - OPTIMUM, axis=1).mean()
 
 
-@pytest.mark.parametrize("cls", PEERS)
+@pytest.mark.parametrize("cls", BASELINES)
 def test_bandit_is_learnt(cls):
     model = bandit_model(cls)
     before = distance_to_optimum(model)
@@ -57,7 +57,7 @@ def test_bandit_is_learnt(cls):
     assert distance_to_optimum(model) < {QVPO: 0.5, DACERStyle: 0.7}.get(cls, 0.3) < before
 
 
-@pytest.mark.parametrize("cls", PEERS)
+@pytest.mark.parametrize("cls", BASELINES)
 def test_save_and_load(cls, tmp_path):
     model = bandit_model(cls, 10)
     model.train(2, 8)
@@ -65,19 +65,19 @@ def test_save_and_load(cls, tmp_path):
     loaded = cls.load(tmp_path / "model")
     observation = np.zeros((3, 1), np.float32)
     assert np.array_equal(*(it.predict(observation, deterministic=True)[0] for it in (model, loaded)))
-    for name in PEERS[cls]:
-        assert getattr(loaded, name) == PEERS[cls][name]
+    for name in BASELINES[cls]:
+        assert getattr(loaded, name) == BASELINES[cls][name]
 
 
-@pytest.mark.parametrize("cls", PEERS)
+@pytest.mark.parametrize("cls", BASELINES)
 def test_comparison_is_of_actor_losses(cls):
     assert cls._actor_loss is not QSM._actor_loss
     for name in ("train", "predict", "_critic_loss"):
         assert getattr(cls, name) is getattr(QSM, name)
 
 
-def test_peers_are_rivals():
-    assert {algorithm_class(name) for name in ALGORITHMS} >= set(PEERS)
+def test_baselines_have_names():
+    assert {algorithm_class(name) for name in ALGORITHMS} >= set(BASELINES)
 
 
 # === Diffusion-QL ===

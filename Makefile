@@ -3,6 +3,8 @@ SHELL = /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Versions to install: the tested ones, constraints-oldest.txt, or /dev/null for the newest
+CONSTRAINTS ?= constraints.txt
 
 ENV ?= InvertedDoublePendulum-v5
 STEPS ?= 15000
@@ -14,6 +16,10 @@ SUITE ?= sb3
 
 LINT_PATHS = sb3_qsm tests examples benchmarks
 
+# What all tests need; with EXTRAS=tests those of other extras are skipped
+EXTRAS ?= tests,benchmarks,export
+TESTS = $(VENV)/.$(EXTRAS)
+
 export PYTHONHASHSEED = 0
 
 train: $(VENV)/.zoo
@@ -21,28 +27,31 @@ train: $(VENV)/.zoo
 		--tensorboard-log logs/tensorboard --progress $(ARGS)
 	$(BIN)/python -m sb3_qsm.zoo plot logs
 
-# make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray, pictures
-test pytest: $(VENV)/.tests
+# make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray
+test pytest: $(TESTS)
 	$(BIN)/python -m pytest -m "not expensive" $(ARGS)
 
-conformance: $(VENV)/.tests
+coverage: $(TESTS)
+	$(BIN)/python -m pytest -m "not expensive" --cov=sb3_qsm $(ARGS)
+
+conformance: $(TESTS)
 	$(BIN)/python tests/conformance/run.py --suite $(SUITE) $(ARGS)
 
 smoke: $(VENV)/.benchmarks
 	$(BIN)/python -m benchmarks run smoke --jobs 2
-	$(BIN)/python -m benchmarks report benchmarks/results/smoke
+	$(BIN)/python -m benchmarks report smoke
 
-type: $(VENV)/.tests
-	$(BIN)/mypy sb3_qsm benchmarks
+type: $(TESTS)
+	$(BIN)/mypy
 
-lint: $(VENV)/.tests
+lint: $(TESTS)
 	$(BIN)/ruff check $(LINT_PATHS)
 
-format: $(VENV)/.tests
+format: $(TESTS)
 	$(BIN)/ruff check --select I --fix $(LINT_PATHS)
 	$(BIN)/ruff format $(LINT_PATHS)
 
-check-codestyle: $(VENV)/.tests
+check-codestyle: $(TESTS)
 	$(BIN)/ruff check --select I $(LINT_PATHS)
 	$(BIN)/ruff format --check $(LINT_PATHS)
 
@@ -51,15 +60,15 @@ commit-checks: format type lint
 doc: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
 
-venv: $(VENV)/.tests
+venv: $(TESTS)
 
 # One stamp for each set of extras, made anew when a dependency changes
-$(VENV)/.%: setup.cfg constraints.txt
+$(VENV)/.%: setup.cfg $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .coverage
 
-.PHONY: train test pytest conformance smoke type lint format check-codestyle commit-checks doc venv clean
+.PHONY: train test pytest coverage conformance smoke type lint format check-codestyle commit-checks doc venv clean

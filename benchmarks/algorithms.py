@@ -1,15 +1,15 @@
-"""Every rival by name. A new one is one line here and one file of hyperparameters."""
+"""Every algorithm by name. A new one is one line here and one file of hyperparameters."""
 
 from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from benchmarks.peers import DIPO, QVPO, DACERStyle, DiffusionQL
-from sb3_qsm import QSM
+from benchmarks.baselines import DIPO, QVPO, DACERStyle, DiffusionQL
+from sb3_qsm import QSM, PublishedQSM
 
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "qsm": QSM,
-    "qsm_paper": QSM,
+    "published_qsm": PublishedQSM,
     "sac": SAC,
     "td3": TD3,
     "tqc": TQC,
@@ -23,7 +23,7 @@ ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
 
 def algorithm_class(name: str) -> type[OffPolicyAlgorithm]:
     """
-    The class behind a name. A variant carries a label after a dash: ``qsm-T20`` is QSM under its own hyperparameters.
+    The class behind a name. A variant carries a label after a dash: ``qsm-T12`` is QSM under its own hyperparameters.
 
     :param name: a key of ``ALGORITHMS``, with or without a label
     :return: the class

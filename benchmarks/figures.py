@@ -1,162 +1,192 @@
-"""The figures of the report. Every one shows single runs beside their summary."""
+"""Figures of the report and of the documentation."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-from collections.abc import Callable
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from benchmarks.algorithms import ALGORITHMS
-from benchmarks.results import Estimate, Result, estimate, improvement, iqm, profile
+from benchmarks.statistics import MODES, Estimate, Result, estimate, iqm, normalised, read_results, scales
 
-Color = tuple[float, float, float, float]
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a dash pattern for the most frequent
+STYLES: dict[str, tuple[str, str, str]] = {
+    "qsm": ("QSM", "#d55e00", "-"),
+    "sac": ("SAC", "#0072b2", "--"),
+    "td3": ("TD3", "#444444", ":"),
+    "tqc": ("TQC", "#009e73", "-."),
+    "crossq": ("CrossQ", "#cc79a7", "-."),
+    "published_qsm": ("QSM as published", "#e69f00", "--"),
+    "diffusion_ql": ("Diffusion-QL", "#56b4e9", "-"),
+    "dipo": ("DIPO", "#8c6d1f", "-"),
+    "qvpo": ("QVPO", "#7b3294", "-"),
+    "dacer_style": ("DACER-style", "#999999", "-"),
+}
+plt.rcParams.update({
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "font.size": 12, "axes.titlesize": 12, "legend.frameon": False,
+})  # fmt: skip
 
 
-def colors(algorithms: list[str]) -> dict[str, Color]:
+def styles(algorithms: list[str]) -> dict[str, tuple[str, str, str]]:
     """
     :param algorithms: names
-    :return: a colour for each, no two alike, and the same in every report for those in ``ALGORITHMS``
+    :return: label, colour and line style of each: the same in every figure for those of ``STYLES``, others in grey tones
     """
-    names = [*ALGORITHMS, *(name for name in algorithms if name not in ALGORITHMS)]
-    palette = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
-    variants = plt.get_cmap("nipy_spectral")(np.linspace(0.05, 0.95, len(names) - len(palette)))
-    return dict(zip(names, [*palette, *map(tuple, variants)], strict=True))
+    others = [name for name in algorithms if name not in STYLES]
+    tones = dict(zip(others, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(others))), strict=True))
+    return {name: STYLES.get(name) or (name, matplotlib.colors.to_hex(tones[name]), "-") for name in algorithms}
 
 
-def panels(n: int, legend: dict[str, Color]) -> tuple[Figure, list[Axes]]:
+def name_of(algorithm: str) -> str:
     """
-    :param n: number of panels
-    :param legend: colour of each algorithm
-    :return: figure with a legend above, and its panels
+    :param algorithm: name
+    :return: the same as papers write it
     """
-    columns = min(n, 3)
-    n_rows = -(-n // columns)
-    width = max(4.4 * columns, 7.0)
-    n_columns_of_legend = int(width / 1.4)  # inches for a long name
-    legend_height = 0.25 * -(-len(legend) // n_columns_of_legend)
-    size = (width, 3.4 * n_rows + legend_height)
-    figure, axes = plt.subplots(n_rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat[n:]:
-        ax.remove()
-    handles = [plt.Line2D([], [], color=color, lw=2, label=name) for name, color in legend.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=n_columns_of_legend, frameon=False)
-    return figure, list(axes.flat[:n])
+    return STYLES[algorithm][0] if algorithm in STYLES else algorithm
 
 
-def draw_band(ax: Axes, x: np.ndarray, curve: Estimate, color: Color) -> None:
+def title(task: str) -> str:
+    """
+    :param task: environment id
+    :return: the same without what is common to all
+    """
+    return task.removeprefix("dm_control/").rsplit("-v", 1)[0]
+
+
+def draw_band(ax: Axes, x: np.ndarray, curve: Estimate, style: tuple[str, str, str]) -> None:
     """
     :param ax: where to draw
     :param x: shape (E,)
     :param curve: values and intervals, each of shape (E,)
-    :param color: colour of both
+    :param style: label, colour and line style
     """
-    ax.plot(x, curve.value, color=color, lw=2)
-    ax.fill_between(x, curve.low, curve.high, color=color, alpha=0.12, lw=0)
+    label, color, line = style
+    front = 3 if label == "QSM" else 2
+    ax.plot(x, curve.value, line, color=color, lw=2.4 if label == "QSM" else 1.8, label=label, zorder=front)
+    ax.fill_between(x, curve.low, curve.high, color=color, alpha=0.15, lw=0)
 
 
-def learning_curves(results: list[Result], mode: str, axis: str) -> Figure:
+def finish(figure: Figure, first: Axes) -> Figure:
+    """
+    :param figure: figure with all its curves
+    :param first: panel that has every curve
+    :return: the figure with one legend above its panels
+    """
+    handles, labels = first.get_legend_handles_labels()
+    columns = min(len(labels), 60 // (8 + max(map(len, labels))))  # 60 characters are as wide as a figure
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, handlelength=2.6)
+    return figure
+
+
+def draw_all_tasks(ax: Axes, results: list[Result], mode: str, reference: str) -> None:
+    """
+    :param ax: where to draw the interquartile mean of the normalised return over runs and tasks
+    :param results: all results
+    :param mode: "deterministic" or "sampled"
+    :param reference: algorithm to normalise by
+    """
+    curves = normalised(results, scales(results, reference), mode)
+    steps = results[0].rows(mode)["step"].to_numpy()
+    for name, style in styles(list(curves)).items():
+        draw_band(ax, steps, estimate(iqm, curves[name]), style)
+    ax.axhline(1, color="grey", lw=1)
+
+
+def learning_curves(results: list[Result], mode: str, axis: str = "step") -> Figure:
     """
     :param results: all results
     :param mode: "deterministic" or "sampled"
     :param axis: "step" or "training_s"
-    :return: one panel per task: thin line each seed, thick line the interquartile mean, band its 95 % interval
+    :return: one panel per task, interquartile mean over seeds, band its 95 % interval; all tasks together where there is room
     """
     tasks = list(dict.fromkeys(it.task for it in results))
     algorithms = list(dict.fromkeys(it.algorithm for it in results))
-    palette = {name: color for name, color in colors(algorithms).items() if name in algorithms}
-    figure, axes = panels(len(tasks), palette)
-    for ax, task in zip(axes, tasks, strict=True):
+    style = styles(algorithms)
+    columns = min(len(tasks), 2)
+    n_rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(n_rows, columns, figsize=(6.4, 2.4 * n_rows + 0.6), squeeze=False, layout="constrained")
+    for ax, task in zip(axes.flat, tasks, strict=False):
         for algorithm in algorithms:
             runs = [it for it in results if (it.task, it.algorithm) == (task, algorithm)]
-            for run in runs:
-                ax.plot(run.rows(mode)[axis], run.curve(mode), color=palette[algorithm], lw=0.6, alpha=0.5)
             if runs:
                 x = np.mean([run.rows(mode)[axis] for run in runs], axis=0)
-                curves = np.array([[run.curve(mode)] for run in runs])
-                draw_band(ax, x, estimate(iqm, curves), palette[algorithm])
-        ax.set(title=task, xlabel={"step": "environment steps", "training_s": "training time"}[axis])
+                draw_band(ax, x, estimate(iqm, np.array([[run.curve(mode)] for run in runs])), style[algorithm])
+        ax.set_title(title(task))
+    if axes.size > len(tasks):
+        if axis == "step" and "sac" in algorithms:
+            draw_all_tasks(axes.flat[-1], results, mode, "sac")
+            axes.flat[-1].set_title("all tasks, 1 is SAC's end")
+        else:
+            axes.flat[-1].remove()
+    for ax in figure.axes:
         ax.xaxis.set_major_formatter(EngFormatter(unit="s" if axis == "training_s" else "", sep=""))
-    axes[0].set_ylabel(f"return, {mode} actions")
-    return figure
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.margins(x=0.02)
+    figure.supxlabel({"step": "environment steps", "training_s": "training time"}[axis], size="medium")
+    figure.supylabel("return" if mode == MODES[0] else "return, sampled actions", size="medium")
+    return finish(figure, axes.flat[0])
 
 
-def sample_efficiency(curves: dict[str, np.ndarray], steps: np.ndarray, unit: str) -> Figure:
+def sample_efficiency(results: list[Result], reference: str) -> Figure:
     """
-    :param curves: normalised learning curves by algorithm, shape (runs, tasks, E)
-    :param steps: environment steps of the evaluations, shape (E,)
-    :param unit: what the return is normalised by
-    :return: interquartile mean over runs and tasks against environment steps
+    :param results: all results
+    :param reference: algorithm to normalise by
+    :return: all tasks together against environment steps, deterministic actions
     """
-    palette = colors(list(curves))
-    figure, (ax,) = panels(1, {name: palette[name] for name in curves})
-    for name, scores in curves.items():
-        draw_band(ax, steps, estimate(iqm, scores), palette[name])
-    ax.axhline(1, color="grey", lw=1, ls=":")
-    ax.set(xlabel="environment steps", ylabel=f"normalised return, 1 is {unit}, IQM")
+    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    draw_all_tasks(ax, results, MODES[0], reference)
+    unit = "return / 1000" if results[0].task.startswith("dm_control/") else f"return, 1 is {name_of(reference)}'s end"
+    ax.set(xlabel="environment steps", ylabel=unit)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return figure
+    ax.margins(x=0.02)
+    return finish(figure, ax)
 
 
-def performance_profiles(finals: dict[str, np.ndarray], unit: str) -> Figure:
+def intervals(results: list[Result], reference: str) -> Figure:
     """
-    :param finals: normalised final returns by algorithm, shape (runs, tasks)
-    :param unit: what the return is normalised by
-    :return: share of runs above each threshold
+    :param results: all results
+    :param reference: algorithm to normalise by
+    :return: interquartile mean of the final normalised return of each algorithm, bar its 95 % interval
     """
-    scores = np.concatenate([runs.ravel() for runs in finals.values()])
-    thresholds = np.linspace(min(0.0, scores.min()), scores.max() * 1.05, 101)
-    palette = colors(list(finals))
-    figure, (ax,) = panels(1, {name: palette[name] for name in finals})
-    for name, runs in finals.items():
-        draw_band(ax, thresholds, estimate(lambda it: profile(it, thresholds), runs), palette[name])
-    ax.set(xlabel=f"normalised return, 1 is {unit}", ylabel="share of runs above", ylim=(-0.02, 1.02))
-    return figure
-
-
-def intervals(finals: dict[str, np.ndarray], func: Callable[[np.ndarray], Estimate], label: str, line: float) -> Figure:
-    """
-    :param finals: normalised final returns by algorithm, shape (runs, tasks)
-    :param func: from final returns to what is shown
-    :param label: what is shown
-    :param line: where equal algorithms would be
-    :return: one bar per algorithm: point and 95 % interval
-    """
-    palette = colors(list(finals))
-    figure, ax = plt.subplots(figsize=(7.0, 0.36 * len(finals) + 1.0), layout="constrained")
-    for i, (name, runs) in enumerate(finals.items()):
-        value, low, high = func(runs)
-        ax.barh(i, high - low, left=low, color=palette[name], alpha=0.5, height=0.6)
-        ax.plot([value, value], [i - 0.3, i + 0.3], color="black")
-    ax.axvline(line, color="grey", lw=1, ls=":")
-    ax.set(yticks=range(len(finals)), yticklabels=list(finals), xlabel=label)
+    curves = normalised(results, scales(results, reference), MODES[0])
+    figure, ax = plt.subplots(figsize=(6.4, 0.3 * len(curves) + 0.8), layout="constrained")
+    for i, (name, scores) in enumerate(curves.items()):
+        value, low, high = estimate(iqm, scores[..., -1])
+        color = STYLES[name][1] if name in STYLES else "#777777"
+        ax.barh(i, high - low, left=low, color=color, alpha=0.35, height=0.6)
+        ax.plot([value, value], [i - 0.3, i + 0.3], color=color, lw=3)
+    ax.axvline(1, color="grey", lw=1, zorder=0)
+    labels = [name_of(name).removeprefix(f"{reference}-") for name in curves]
+    ax.set(yticks=range(len(curves)), yticklabels=labels, xlabel=f"final return, 1 is {name_of(reference)}'s")
+    ax.tick_params(axis="y", length=0)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     return figure
 
 
-def aggregate(finals: dict[str, np.ndarray], unit: str) -> Figure:
+def of_pages(folder: Path) -> Iterator[tuple[str, Figure]]:
     """
-    :param finals: normalised final returns by algorithm, shape (runs, tasks)
-    :param unit: what the return is normalised by
-    :return: interquartile means
+    :param folder: folder of the collected results
+    :return: name and figure of every picture of the documentation that results are drawn in
     """
-    return intervals(finals, lambda runs: estimate(iqm, runs), f"final normalised return, 1 is {unit}, IQM", 1.0)
+    for suite in ("mujoco-100k", "mujoco-300k", "dmc-100k"):
+        yield suite.replace("-", "_"), learning_curves(read_results(folder / f"{suite}.csv"), MODES[0])
+    yield "sample_efficiency", sample_efficiency(read_results(folder / "mujoco-100k.csv"), "sac")
+    yield "ablation", intervals(read_results(folder / "ablation.csv"), "qsm")
 
 
-def probability(finals: dict[str, np.ndarray], reference: str) -> Figure:
+def save(figure: Figure, file: object) -> None:
     """
-    :param finals: normalised final returns by algorithm, shape (runs, tasks)
-    :param reference: algorithm to compare with
-    :return: probability of improvement over the reference
+    :param figure: figure, closed afterwards
+    :param file: path or open file for a PNG
     """
-    others = {name: runs for name, runs in finals.items() if name != reference}
-    figure = intervals(others, lambda runs: estimate(improvement, runs, finals[reference]), f"P(better than {reference})", 0.5)
-    figure.axes[0].set(xlim=(-0.03, 1.03))
-    return figure
+    figure.savefig(file, dpi=200, metadata={"Software": None})  # type: ignore[arg-type]
+    plt.close(figure)

@@ -1,4 +1,4 @@
-"""From a suite file to a checked list of cells, so that nothing starts that cannot finish."""
+"""From a suite file to a checked list of runs, so that nothing starts that cannot finish."""
 
 import inspect
 import json
@@ -13,7 +13,7 @@ import torch.nn as nn
 import yaml
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
-import benchmarks.worlds  # noqa: F401  (registers its environments)
+import benchmarks.environments  # noqa: F401  (registers its environments)
 from benchmarks.algorithms import algorithm_class
 
 SUITES = Path(__file__).parent / "suites"
@@ -29,7 +29,7 @@ RUNNER_KEYS = {"self", "env", "seed", "verbose", "tensorboard_log", "stats_windo
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
     """
     One training run: everything that decides its numbers, apart from code and machine.
 
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where the result lies, relative to the results folder."""
+        """Where the result lies, relative to the folder of all runs."""
         return Path(Path(self.suite).stem, self.task.replace("/", "-"), self.algorithm, f"seed{self.seed}")
 
     @property
@@ -64,29 +64,28 @@ class Cell:
         return {key: repr(value) for key, value in arguments.items() if key not in RUNNER_KEYS | self.hyperparams.keys()}
 
     def command(self, python: str = "python") -> list[str]:
-        """The command that trains this cell alone."""
+        """The command that trains this run alone."""
         name = [self.suite, "--tasks", self.task, "--algos", self.algorithm, "--seeds", str(self.seed)]
-        return [python, "-m", "benchmarks", "cell", *name, "--steps", str(self.n_timesteps)]
+        return [python, "-m", "benchmarks", "train", *name, "--steps", str(self.n_timesteps)]
 
     def is_finished(self, out: Path) -> bool:
         """
-        Whether ``out`` holds the result of this cell.
+        Whether ``out`` holds the result of this run.
 
-        :param out: results folder
+        :param out: folder of all runs
         :raises ValueError: if it holds a result made with other settings, which must be neither mixed in nor lost
         """
         meta = out / self.folder / "meta.json"
         if not meta.exists():
             return False
         content = json.loads(meta.read_text())
-        wanted, found = json.loads(json.dumps(asdict(self))), content["cell"]
-        differences = [(key, found[key], wanted[key]) for key in wanted.keys() - {"suite"} if found[key] != wanted[key]]
-        noted = content.get("defaults", {})  # older results have none
-        differences += [
-            (f"default {key}", noted[key], now) for key, now in self.defaults.items() if noted.get(key, now) != now
-        ]
-        for key, then, now in differences:
-            raise ValueError(f"{meta.parent} was made with {key} {then!r}, not {now!r}: move it away or choose another --out")
+        wanted = json.loads(json.dumps({**asdict(self), "defaults": self.defaults}))
+        for key in wanted.keys() - {"suite"}:
+            if content[key] != wanted[key]:
+                raise ValueError(
+                    f"{meta.parent} was made with {key} {content[key]!r}, not {wanted[key]!r}: "
+                    "move it away or choose another --out"
+                )
         return True
 
 
@@ -141,7 +140,7 @@ def read_policy_kwargs(hyperparams: dict[str, Any]) -> dict[str, Any]:
     """
     text = str(hyperparams.get("policy_kwargs", {}))
     try:
-        return eval(text, {"nn": nn})
+        return dict(eval(text, {"nn": nn}))
     except Exception as error:
         raise ValueError(f"policy_kwargs {text!r} cannot be read: {error}") from error
 
@@ -172,10 +171,10 @@ def register_environments(tasks: Iterable[str]) -> None:
         import shimmy  # noqa: F401
 
 
-def read_suite(suite: str) -> list[Cell]:
+def read_suite(suite: str) -> list[Run]:
     """
     :param suite: name of a file in ``benchmarks/suites`` or path of a YAML file
-    :return: all its cells, seed by seed, so that an unfinished matrix can already be compared
+    :return: all its runs, seed by seed, so that an unfinished matrix can already be compared
     :raises ValueError: for an unknown suite, key, algorithm, task or hyperparameter
     """
     file = Path(suite) if suite.endswith(".yml") else SUITES / f"{suite}.yml"
@@ -194,7 +193,7 @@ def read_suite(suite: str) -> list[Cell]:
         content[key] = int(value)  # rl-zoo writes !!float 1e6
     register_environments(content["tasks"])
     check_known("task", content["tasks"], gym.registry)
-    cells = []
+    runs = []
     for algorithm, entries in content["algorithms"].items():
         algorithm_class(algorithm)
         if isinstance(entries, str):
@@ -207,20 +206,20 @@ def read_suite(suite: str) -> list[Cell]:
                 raise ValueError(f"{file.name} has no hyperparameters of {algorithm} for {task!r} and no 'default'")
             check_hyperparams(algorithm, hyperparams)
             steps, eval_freq, episodes = (content[key] for key in NUMBER_KEYS)
-            cells += [Cell(suite, task, algorithm, seed, steps, eval_freq, episodes, hyperparams) for seed in content["seeds"]]
+            runs += [Run(suite, task, algorithm, seed, steps, eval_freq, episodes, hyperparams) for seed in content["seeds"]]
     order = content["tasks"]
-    return sorted(cells, key=lambda cell: (cell.seed, order.index(cell.task)))
+    return sorted(runs, key=lambda run: (run.seed, order.index(run.task)))
 
 
-def select(cells: list[Cell], **chosen: list[Any] | None) -> list[Cell]:
+def select(runs: list[Run], **chosen: list[Any] | None) -> list[Run]:
     """
-    :param cells: cells of a suite
+    :param runs: runs of a suite
     :param chosen: for ``algorithm``, ``task``, ``seed``: the wanted values, or None for all
-    :return: the cells that match
+    :return: the runs that match
     :raises ValueError: for a value that the suite does not contain
     """
     for field, values in chosen.items():
         if values is not None:
-            check_known(f"{field} in this suite", values, dict.fromkeys(getattr(cell, field) for cell in cells))
-            cells = [cell for cell in cells if getattr(cell, field) in values]
-    return cells
+            check_known(f"{field} in this suite", values, dict.fromkeys(getattr(run, field) for run in runs))
+            runs = [run for run in runs if getattr(run, field) in values]
+    return runs

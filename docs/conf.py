@@ -18,6 +18,8 @@ autodoc_member_order = "bysource"
 
 html_theme = "furo"
 html_title = f"sb3_qsm {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 
 def escape_bars(app, what, name, obj, options, lines):

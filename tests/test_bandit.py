@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.worlds import Bandit
+from benchmarks.environments import Bandit
 from sb3_qsm import QSM
 
 TWO = [[-0.6], [0.6]]

@@ -6,7 +6,6 @@ from functools import partial
 
 import gymnasium as gym
 import numpy as np
-import onnxruntime
 import pytest
 import torch as th
 from safetensors import safe_open
@@ -17,6 +16,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_qsm import QSM, MlpPolicy
 from sb3_qsm.export import _random_inputs, export_onnx, exported_policy, load_policy, save_policy
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 SMALL = dict(batch_size=8, learning_starts=10, buffer_size=200, seed=0, device="cpu")
 

@@ -1,0 +1,78 @@
+"""
+What the default's score target makes of a Q that is known, beside the exact policy exp(Q / lambda).
+
+One action dimension and no neural network: the denoiser is a table over noisy actions, moved towards its own target until it
+stays. What is left is the error of the target and of the chain.
+"""
+
+import numpy as np
+import pytest
+import torch as th
+
+from sb3_qsm.losses import box_score_target
+from sb3_qsm.samplers import ddpm_sample
+from sb3_qsm.schedules import geometric_ratios
+
+N_ACTIONS = 20_000
+
+
+def bell(actions, centre, height=1.0):
+    return height * th.exp(-0.5 * ((actions - centre) / 0.25) ** 2)
+
+
+LANDSCAPES = {
+    "flat": lambda a: 0 * a,
+    "linear": lambda a: a,
+    "parabola": lambda a: -4 * (a - 0.3) ** 2,
+    "two bells": lambda a: bell(a, -0.6) + bell(a, 0.6),
+}
+
+
+def learnt_actions(q_fn, ent_coef, ratios):
+    """Actions of the chain whose denoiser answers its own target, shape (N_ACTIONS, 1)."""
+    grids = [th.linspace(-4, 4, 801)[:, None] * np.sqrt(1 + ratio**2) for ratio in ratios]  # of u = a_0 + r z
+    tables = [grid.clamp(-1, 1) for grid in grids]
+    for grid, table, ratio in zip(grids, tables, ratios, strict=True):
+        for _ in range(40):
+            target, _ = box_score_target(q_fn, table, grid, th.tensor(ratio), th.tensor(ent_coef))
+            table += 0.3 * (target - table)
+
+    def denoise(u, t):
+        return th.as_tensor(np.interp(u.numpy(), grids[t][:, 0].numpy(), tables[t][:, 0].numpy()), dtype=th.float32)
+
+    th.manual_seed(0)
+    start = np.sqrt(1 + ratios[-1] ** 2) * th.randn(N_ACTIONS, 1)
+    return ddpm_sample(denoise, ratios, start, th.randn(len(ratios), N_ACTIONS, 1))
+
+
+def exact_moments(q_fn, ent_coef):
+    """Mean and standard deviation of exp(Q / lambda) on [-1, 1], by quadrature."""
+    grid = th.linspace(-1, 1, 4001)
+    density = th.softmax(q_fn(grid) / ent_coef, dim=0)
+    mean = (density * grid).sum()
+    return mean.item(), (density * (grid - mean) ** 2).sum().sqrt().item()
+
+
+@pytest.mark.parametrize("landscape", LANDSCAPES)
+def test_long_chain_draws_from_the_boltzmann_policy(landscape):
+    q_fn, ent_coef = LANDSCAPES[landscape], 0.2
+    actions = learnt_actions(q_fn, ent_coef, geometric_ratios(100, 0.01, 20.0).tolist())
+    mean, std = exact_moments(q_fn, ent_coef)
+    assert actions.mean().item() == pytest.approx(mean, abs=0.015)
+    assert actions.std().item() == pytest.approx(std, rel=0.08)
+
+
+@pytest.mark.parametrize("ent_coef", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("landscape", LANDSCAPES)
+def test_default_chain_has_the_right_mean_and_is_somewhat_narrow(landscape, ent_coef):
+    q_fn = LANDSCAPES[landscape]
+    actions = learnt_actions(q_fn, ent_coef, geometric_ratios(6).tolist())
+    mean, std = exact_moments(q_fn, ent_coef)
+    assert actions.mean().item() == pytest.approx(mean, abs=0.015)
+    assert 0.5 * std < actions.std().item() < 1.05 * std
+
+
+def test_both_of_two_bells_are_kept():
+    actions = learnt_actions(LANDSCAPES["two bells"], 0.05, geometric_ratios(6).tolist())
+    for centre in (-0.6, 0.6):
+        assert ((actions - centre).abs() < 0.25).float().mean().item() == pytest.approx(0.5, abs=0.03)

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import rl_zoo3
-import yaml
 
-pytest.importorskip("sb3_contrib")
+rl_zoo3 = pytest.importorskip("rl_zoo3")  # which brings sb3-contrib
+yaml = pytest.importorskip("yaml")
 
 from benchmarks.__main__ import main
 from benchmarks.algorithms import ALGORITHMS

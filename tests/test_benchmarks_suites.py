@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-rl_zoo3 = pytest.importorskip("rl_zoo3")  # which brings sb3-contrib
-yaml = pytest.importorskip("yaml")
+pytest.importorskip("rl_zoo3")
+
+import rl_zoo3
+import yaml
 
 from benchmarks.__main__ import main
 from benchmarks.algorithms import ALGORITHMS

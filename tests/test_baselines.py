@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch as th
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("rl_zoo3")
 
 from benchmarks.algorithms import ALGORITHMS, algorithm_class
 from benchmarks.baselines import DIPO, QVPO, DACERStyle, DiffusionQL, InwardClamp, best_of

@@ -8,7 +8,7 @@ import pytest
 import torch as th
 from gymnasium.utils.env_checker import check_env
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("rl_zoo3")
 
 from benchmarks import targets
 from benchmarks.environments import GOALS, N_OUTCOMES, MultiGoal

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("rl_zoo3")
 
 from benchmarks.__main__ import RESULTS, main
 from benchmarks.executors import ROOT

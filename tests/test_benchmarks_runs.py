@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch as th
 
-pytest.importorskip("sb3_contrib")
+pytest.importorskip("rl_zoo3")
 
 from test_benchmarks_suites import SUITE, write_suite
 

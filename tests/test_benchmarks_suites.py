@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("rl_zoo3")
+
 import rl_zoo3
 import yaml
-
-pytest.importorskip("sb3_contrib")
 
 from benchmarks.__main__ import main
 from benchmarks.algorithms import ALGORITHMS

@@ -25,7 +25,8 @@ from sb3_qsm.samplers import ddpm_sample
 
 class Baseline(QSM):
     """
-    What these share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser.
+    What these share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser, and no
+    temperature.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -35,7 +36,21 @@ class Baseline(QSM):
     replay_buffer: ReplayBuffer
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
-        super().__init__(policy, env, **{"policy_delay": 1, **kwargs})
+        super().__init__(policy, env, **{"policy_delay": 1, "ent_coef": 1.0, **kwargs})
+
+    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param replay_data: batch of transitions
+        :return: loss of the method; no entropy to steer a temperature by, no gradient of Q; each of shape ()
+        """
+        return self._loss(replay_data), th.zeros(()), th.zeros(())
+
+    def _loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+        """
+        :param replay_data: batch of transitions
+        :return: loss of the actor, shape ()
+        """
+        raise NotImplementedError
 
     def _q_values(self, observations: th.Tensor, actions: th.Tensor) -> th.Tensor:
         """
@@ -54,10 +69,10 @@ class Baseline(QSM):
         :param weights: weight of each sample, shape (B, 1)
         :return: mean squared error in units of the network's output, shape ()
         """
-        schedule = self.actor.noise_schedule
-        t = th.randint(schedule.n_steps, (len(actions),), device=self.device)
-        noisy_actions = schedule.add_noise(actions, th.randn_like(actions), t)
-        error = (self.online_actor.denoise(observations, noisy_actions, t) - actions) / self.actor.c_out[t, None]
+        t = th.randint(len(self.actor.ratios), (len(actions),), device=self.device)
+        ratio = self.actor.ratios[t, None]
+        noisy_actions = actions + ratio * th.randn_like(actions)
+        error = (self.actor.denoise(observations, noisy_actions, t) - actions) / self.actor.preconditioning(ratio).c_out
         return (weights * error**2).mean()
 
 
@@ -81,13 +96,13 @@ class DiffusionQL(Baseline):
         self.eta = eta
         super().__init__(policy, env, **kwargs)
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+    def _loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
         :param replay_data: batch of transitions
         :return: loss, shape ()
         """
         observations = replay_data.observations
-        q_values = self._q_values(observations, self.online_actor(observations))
+        q_values = self._q_values(observations, self.actor(observations))
         climbed, scale = q_values.T[th.randperm(q_values.shape[1])[[0, -1]]]
         q_loss = -climbed.mean() / scale.detach().abs().mean()
         denoising_loss = self._denoising_loss(observations, replay_data.actions)
@@ -132,7 +147,7 @@ class DIPO(Baseline):
         self.action_lr = action_lr
         super().__init__(policy, env, **{"replay_buffer_class": ImprovedActionsBuffer, **kwargs})
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+    def _loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
         :param replay_data: not used but for its size: the stored actions come with their own observations
         :return: loss, shape ()
@@ -185,7 +200,7 @@ class QVPO(Baseline):
         self.entropy_coef = entropy_coef
         super().__init__(policy, env, **kwargs)
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+    def _loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
         :param replay_data: batch of transitions
         :return: loss, shape ()
@@ -193,7 +208,7 @@ class QVPO(Baseline):
         observations, n_uniform = replay_data.observations, 10
         with th.no_grad():
             many = observations.repeat(self.n_samples, 1)
-            samples = self.online_actor(many)
+            samples = self.actor(many)
             q_values = self._q_values(many, samples).min(dim=1).values
         actions, weights = best_of(samples.unflatten(0, (self.n_samples, -1)), q_values.unflatten(0, (self.n_samples, -1)))
         uniform = 2 * th.rand(n_uniform * len(actions), actions.shape[1], device=self.device) - 1
@@ -261,29 +276,37 @@ class DACERStyle(Baseline):
         if self.target_entropy == "auto":
             self.target_entropy = -0.9 * get_action_dim(self.action_space)
         super()._setup_model()
-        self.target_policy_noise = self._noise_std()
 
-    def _noise_std(self) -> float:
-        return self.noise_scale * self.temperature.value().item()
+    def _noise_std(self) -> th.Tensor:
+        return self.noise_scale * self.temperature.value()
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        sigma = np.full((n_envs, get_action_dim(self.action_space)), self._noise_std())
+        sigma = np.full((n_envs, get_action_dim(self.action_space)), self._noise_std().item())
         return super()._sample_action(learning_starts, NormalActionNoise(np.zeros_like(sigma), sigma), n_envs)
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+    def _next_actions(self, next_observations: th.Tensor) -> th.Tensor:  # type: ignore[override]
+        actions = super()._next_actions(next_observations)
+        return (actions + self._noise_std() * th.randn_like(actions)).clamp(-1, 1)
+
+    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param replay_data: batch of transitions
+        :return: loss; entropy, which is the target between two estimates, so that alpha stays; no gradient of Q; each of shape ()
+        """
+        observations = replay_data.observations
+        entropy = th.tensor(float(self.target_entropy), device=self.device)
+        if self._n_updates % self.entropy_interval == 0:
+            entropy = self._entropy(observations[: self.n_entropy_observations])
+        return self._loss(replay_data), entropy, th.zeros(())
+
+    def _loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
         :param replay_data: batch of transitions
         :return: loss, shape ()
         """
         observations = replay_data.observations
-        if self._n_updates % self.entropy_interval == 0:
-            entropy = self._entropy(observations[: self.n_entropy_observations])
-            self.temperature.update(entropy)
-            self.target_policy_noise = self._noise_std()
-            self.logger.record_mean("train/entropy", entropy.item())
-        self.logger.record_mean("train/ent_coef", self.temperature.value().item())
         return -self._q_values(observations, self._noisy_sample(observations)).min(dim=1).values.mean()
 
     def _noisy_sample(self, observations: th.Tensor) -> th.Tensor:
@@ -292,14 +315,15 @@ class DACERStyle(Baseline):
         :return: one noisy action each, differentiable in the actor's weights, shape (B, A)
         """
 
-        def denoise(x_t: th.Tensor, t: int) -> th.Tensor:
-            levels = th.full((len(x_t),), t, device=self.device)
-            return InwardClamp.apply(self.online_actor.denoise(observations, x_t, levels))
+        def denoise(u: th.Tensor, t: int) -> th.Tensor:
+            levels = th.full((len(u),), t, device=self.device)
+            return InwardClamp.apply(self.actor.denoise(observations, u, levels))
 
-        schedule = self.actor.noise_schedule
-        shape = (2 + schedule.n_steps, len(observations), get_action_dim(self.action_space))
+        ratios = self.actor.levels
+        shape = (2 + len(ratios), len(observations), get_action_dim(self.action_space))
         start, *noise, added = th.randn(shape, device=self.device)
-        return InwardClamp.apply(ddpm_sample(denoise, schedule, start, th.stack(noise)) + self._noise_std() * added)
+        chain = ddpm_sample(denoise, ratios, (1 + ratios[-1] ** 2) ** 0.5 * start, th.stack(noise))
+        return InwardClamp.apply(chain + self._noise_std() * added)
 
     def _entropy(self, observations: th.Tensor) -> th.Tensor:
         """

@@ -91,13 +91,13 @@ def test_diffusion_ql_climbs_q_through_the_chain():
     noise = th.randn(4, 64, 2)
 
     def value():
-        return (model.online_actor.sample(observations, noise) * slope).sum(dim=1).mean().item()
+        return (model.actor.sample(observations, noise) * slope).sum(dim=1).mean().item()
 
     before = value()
     for _ in range(20):
-        model.online_actor.optimizer.zero_grad()
-        model._actor_loss(batch(model)).backward()
-        model.online_actor.optimizer.step()
+        model.actor.optimizer.zero_grad()
+        model._loss(batch(model)).backward()
+        model.actor.optimizer.step()
     assert value() > before + 0.1
 
 
@@ -108,8 +108,8 @@ def test_diffusion_ql_is_blind_to_the_scale_of_q():
         give_critics(model, lambda actions, scale=scale: scale * (3 + actions[:, :1]))
         th.manual_seed(0)
         np.random.seed(0)
-        model._actor_loss(batch(model, 16)).backward()
-        gradients.append(th.cat([weight.grad.flatten() for weight in model.online_actor.parameters()]))
+        model._loss(batch(model, 16)).backward()
+        gradients.append(th.cat([weight.grad.flatten() for weight in model.actor.parameters() if weight.requires_grad]))
     th.testing.assert_close(*gradients)
 
 
@@ -117,22 +117,21 @@ def test_diffusion_ql_without_q_is_denoising():
     model = bandit_model(DiffusionQL, 50, eta=0.0)
     data = batch(model, 16)
     losses = []
-    for loss in (lambda: model._actor_loss(data), lambda: model._denoising_loss(data.observations, data.actions)):
+    for loss in (lambda: model._loss(data), lambda: model._denoising_loss(data.observations, data.actions)):
         losses.append(np.mean([loss().item() for _ in range(150)]))
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 def test_denoising_loss_is_that_of_the_noise():
     model = bandit_model(DiffusionQL, 50)
-    data, schedule = batch(model, 16), model.online_actor.noise_schedule
+    data = batch(model, 16)
     th.manual_seed(0)
     loss = model._denoising_loss(data.observations, data.actions)
     th.manual_seed(0)
-    t = th.randint(schedule.n_steps, (16,))
-    noise = th.randn_like(data.actions)
-    noisy_actions = schedule.add_noise(data.actions, noise, t)
-    alpha, sigma = schedule.alpha[t, None], schedule.sigma[t, None]
-    predicted_noise = (noisy_actions - alpha * model.online_actor.denoise(data.observations, noisy_actions, t)) / sigma
+    t = th.randint(3, (16,))
+    noise, ratio = th.randn_like(data.actions), model.actor.ratios[t, None]
+    noisy_actions = data.actions + ratio * noise
+    predicted_noise = (noisy_actions - model.actor.denoise(data.observations, noisy_actions, t)) / ratio
     assert loss.item() == pytest.approx(((predicted_noise - noise) ** 2).mean().item(), rel=1e-4)
 
 
@@ -154,7 +153,7 @@ def test_dipo_goes_on_from_improved_actions():
     give_critics(model, lambda actions: actions.sum(dim=1, keepdim=True))
     taken = model.replay_buffer.actions[0].copy()
     for visit in range(1, 4):
-        model._actor_loss(batch(model))
+        model._loss(batch(model))
         # Adam on a constant slope: 5 steps of 0.01
         assert model.replay_buffer.improved_actions[0] == pytest.approx(np.minimum(taken + 0.05 * visit, 1), abs=1e-5)
     assert np.array_equal(model.replay_buffer.actions[0], taken), "the critics learn from the actions that were taken"
@@ -181,7 +180,7 @@ def test_qvpo_weights_by_hand():
 def test_qvpo_learns_nothing_from_a_flat_q():
     model = bandit_model(QVPO, 20)
     give_critics(model, lambda actions: th.ones(len(actions), 1))
-    assert model._actor_loss(batch(model, 16)).item() == 0.0
+    assert model._loss(batch(model, 16)).item() == 0.0
 
 
 def test_qvpo_entropy_term_imitates_uniform_actions():
@@ -189,7 +188,7 @@ def test_qvpo_entropy_term_imitates_uniform_actions():
     for entropy_coef in (0.0, 1.0, 2.0):
         model = bandit_model(QVPO, 100, entropy_coef=entropy_coef)
         th.manual_seed(0)
-        losses.append(model._actor_loss(batch(model, 16)).item())
+        losses.append(model._loss(batch(model, 16)).item())
     assert losses[1] - losses[0] > losses[0] > 0, "ten uniform actions for one of the policy's"
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
 
@@ -208,23 +207,32 @@ def test_inward_clamp_by_hand():
 
 def test_dacer_noise_grows_when_the_entropy_is_too_low_and_shrinks_when_too_high():
     for target, direction in ((2.0, 1), (-20.0, -1)):  # log 4 = 1.39 is the most that two dimensions in [-1, 1] can have
-        model = bandit_model(DACERStyle, 20, target_entropy=target)
+        model = bandit_model(DACERStyle, 20, target_entropy=target, entropy_interval=2)
         before = model._noise_std()
-        for _ in range(5):
-            model._actor_loss(batch(model, 16))
-        assert direction * (model._noise_std() - before) > 0
-        assert model.target_policy_noise == model._noise_std(), "the TD target follows"
+        model.train(1, 16)
+        moved = model._noise_std()
+        assert direction * (moved - before) > 0
+        model.train(1, 16)
+        assert model._noise_std() == moved, "between two estimates it stays"
+
+
+def test_dacer_target_follows_the_noise():
+    model = bandit_model(DACERStyle, 20)
+    model.actor.sample = lambda obs, noise, average: th.zeros(len(obs), 2)
+    for log_alpha in (0.0, np.log(3)):
+        model.temperature.log_ent_coef.data.fill_(log_alpha)
+        actions = model._next_actions(th.zeros(5000, 1))
+        assert actions.std().item() == pytest.approx(0.1 * np.exp(log_alpha), rel=0.1)
 
 
 def test_dacer_target_entropy_is_its_authors():
     assert bandit_model(DACERStyle, 1).target_entropy == pytest.approx(-1.8)
-    assert bandit_model(DACERStyle, 1)._noise_std() == pytest.approx(0.1 * np.exp(1.2), rel=1e-3)
+    assert bandit_model(DACERStyle, 1)._noise_std().item() == pytest.approx(0.1 * np.exp(1.2), rel=1e-3)
 
 
 def test_dacer_entropy_of_known_policies():
     model = bandit_model(DACERStyle, 1, noise_scale=0.0)
     observations = th.zeros(20, 1)
-    model.online_actor.sample = None  # not used: the chain is the model's own
     for std in (0.05, 0.2):
         model._noisy_sample = lambda it, std=std: std * th.randn(len(it), 2)
         expected = 2 * np.log(std * np.sqrt(2 * np.pi * np.e))
@@ -235,7 +243,7 @@ def test_dacer_entropy_of_known_policies():
 
 def test_dacer_acts_with_noise_that_follows_its_temperature():
     model = bandit_model(DACERStyle, 20)
-    model.online_actor.forward = lambda obs, deterministic=False: th.zeros(len(obs), 2)
+    model.actor.sample = lambda obs, noise, average: th.zeros(len(obs), 2)
     spreads = []
     for log_alpha in (0.0, np.log(3)):
         model.temperature.log_ent_coef.data.fill_(log_alpha)

@@ -20,7 +20,6 @@ from torch import nn
 
 from sb3_qsm.policies import CnnPolicy, DiffusionPolicy, MlpPolicy, MultiInputPolicy
 from sb3_qsm.qsm import QSM
-from sb3_qsm.state import describe, is_opaque, rebuild
 
 FORMAT = 2
 TOLERANCE = 1e-5
@@ -247,3 +246,36 @@ def _random_inputs(exported: ExportedPolicy, n: int) -> list[th.Tensor]:
         high = np.minimum(box.high, low + (255.0 if box.dtype == np.uint8 else 20.0))
         inputs.append(th.as_tensor(rng.uniform(low, high, size=(n, *box.shape)).astype(box.dtype)))
     return inputs
+
+
+def describe(value: Any) -> Any:
+    """
+    :param value: an argument
+    :return: JSON for it; what is no data becomes ``{"opaque": name}``
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [describe(item) for item in value]}
+    if type(value) is dict and all(type(key) is str for key in value):
+        return {"dict": {key: describe(item) for key, item in value.items()}}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return {"opaque": f"{named.__module__}.{named.__qualname__}"}
+
+
+def is_opaque(data: Any) -> bool:
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return (isinstance(data, dict) and "opaque" in data) or any(map(is_opaque, parts))
+
+
+def rebuild(data: Any) -> Any:
+    """
+    :param data: JSON from :func:`describe`, not opaque
+    :return: the argument
+    """
+    if not isinstance(data, dict):
+        return data
+    ((kind, content),) = data.items()
+    if kind == "dict":
+        return {key: rebuild(item) for key, item in content.items()}
+    return {"list": list, "tuple": tuple}[kind](map(rebuild, content))

@@ -23,10 +23,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.buffers import NStepDictReplayBuffer, cut_returns
-from sb3_qsm.checkpoint import continue_training, restore_model, resume_arguments
 from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, box_entropy, score_matching_loss
 from sb3_qsm.policies import CnnPolicy, DiffusionActor, DiffusionPolicy, MlpPolicy, MultiInputPolicy, ScaledCritic, lookup
-from sb3_qsm.storage import Checkpoint, newest_checkpoint
 from sb3_qsm.temperature import Temperature, make_temperature
 
 SelfQSM = TypeVar("SelfQSM", bound="QSM")
@@ -117,7 +115,6 @@ class QSM(OffPolicyAlgorithm):
     critic: ScaledCritic
     critic_target: ScaledCritic
     temperature: Temperature
-    _resumed: Checkpoint | None = None
 
     def __init__(
         self,
@@ -438,43 +435,6 @@ class QSM(OffPolicyAlgorithm):
             progress_bar=progress_bar,
         )
 
-    @classmethod
-    def resume(cls: type[SelfQSM], folder: str | pathlib.Path, env: GymEnv | str, **kwargs: Any) -> SelfQSM:
-        """
-        Go on with a run where a :class:`~sb3_qsm.checkpoint.CheckpointCallback` left it. To end where the run was to end::
-
-            model = QSM.resume(folder, env)
-            model.learn(total_timesteps - model.num_timesteps, callback, reset_num_timesteps=False)
-
-        :param folder: folder of checkpoints, of which the newest whole one is taken, or one checkpoint
-        :param env: the environment of the run, built as it was then
-        :param kwargs: arguments of the run that a checkpoint cannot hold (functions, classes, action noise), and
-            ``tensorboard_log``, ``verbose``, ``seed`` or ``device`` if they are to differ
-        :return: the model, its replay buffer filled
-        :raises ValueError: if there is no whole checkpoint, or if environment or arguments are not those of the run
-        """
-        checkpoint = newest_checkpoint(folder)
-        model = cls(env=env, **resume_arguments(checkpoint.state, kwargs))
-        model.restore(checkpoint)
-        return model
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """
-        :meth:`resume` for a model that is already built.
-
-        :param checkpoint: from :func:`~sb3_qsm.storage.newest_checkpoint`
-        :raises ValueError: if environment or arguments are not those of the run
-        """
-        restore_model(self, checkpoint)
-        self._resumed = checkpoint
-
-    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        callback = super()._init_callback(callback, progress_bar)
-        if self._resumed is not None:
-            continue_training(self, callback, self._resumed)
-            self._resumed = None
-        return callback
-
     def save(
         self,
         path: str | pathlib.Path | io.BufferedIOBase,
@@ -503,7 +463,7 @@ class QSM(OffPolicyAlgorithm):
             self._squared_rewards = [self.buffer_size * self.critic.scale.item() ** 2, self.buffer_size]
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["actor", "online_actor", "critic", "critic_target", "_score_target", "_metrics", "_resumed"]
+        own = ["actor", "online_actor", "critic", "critic_target", "_score_target", "_metrics"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
 from sb3_qsm.resume._storage import Arrays
@@ -53,13 +53,7 @@ class Capture:
         self.seen: dict[int, Any] = {}  # the objects themselves, so that no id is used twice
 
     def attributes(self, path: str, instance: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-        """
-        :param path: name of the object in a checkpoint
-        :param instance: any object
-        :param leave_out: names of attributes that are not part of the state
-        :return: its attributes that are data
-        :raises OpaqueError: if strict, for an attribute that is neither data nor configuration
-        """
+        """The attributes of an object that are data; if strict, one that is no configuration either is an OpaqueError."""
         self.seen[id(instance)] = instance
         found = {}
         for name, value in vars(instance).items():
@@ -74,12 +68,7 @@ class Capture:
         return found
 
     def value(self, path: str, value: Any) -> Any:
-        """
-        :param path: name of the value in a checkpoint
-        :param value: data, or an object made of data
-        :return: the value as JSON
-        :raises OpaqueError: for anything else
-        """
+        """JSON for data, or for an object made of data; anything else is an OpaqueError."""
         if value is None or type(value) in (bool, int, float, str):
             return value
         if type(value) is list:
@@ -105,7 +94,6 @@ def restore(data: Any, arrays: Arrays, current: Any = None) -> Any:
     :param data: JSON from :class:`Capture`
     :param arrays: the arrays that go with it
     :param current: what is there
-    :return: the value
     :raises ValueError: for data that no capture can have written
     """
     if data is None or isinstance(data, bool | int | float | str):
@@ -118,18 +106,12 @@ def restore(data: Any, arrays: Arrays, current: Any = None) -> Any:
     return KINDS[data["kind"]][2](data, arrays, current)
 
 
-def restore_attributes(instance: Any, data: dict[str, Any], arrays: Arrays, leave_out: tuple[str, ...] = ()) -> None:
-    """
-    :param instance: object to change
-    :param data: JSON from :meth:`Capture.attributes`
-    :param arrays: the arrays that go with it
-    :param leave_out: names of attributes to leave as they are
-    """
+def restore_attributes(instance: Any, data: dict[str, Any], arrays: Arrays) -> None:
+    """Give an object the attributes that :meth:`Capture.attributes` took."""
     for name, value in data.items():
         if name.startswith("__"):
             raise ValueError(f"{name} is no attribute that a capture takes")
-        if name not in leave_out:
-            setattr(instance, name, restore(value, arrays, getattr(instance, name, None)))
+        setattr(instance, name, restore(value, arrays, getattr(instance, name, None)))
 
 
 def _is_plain(value: Any) -> bool:
@@ -208,12 +190,12 @@ def _give_torch_generator(data: Any, arrays: Arrays, current: Any) -> th.Generat
     return generator
 
 
-def _take_space(capture: Capture, path: str, value: spaces.Space) -> dict[str, Any]:
+def _take_space(capture: Capture, path: str, value: spaces.Space[Any]) -> dict[str, Any]:
     """Only the random numbers of a space can change."""
     return {"np_random": capture.value(path, value._np_random), "parts": capture.value(path, _parts(value))}
 
 
-def _give_space(data: Any, arrays: Arrays, current: Any) -> spaces.Space:
+def _give_space(data: Any, arrays: Arrays, current: Any) -> spaces.Space[Any]:
     if not isinstance(current, spaces.Space):
         raise ValueError(f"a space was expected, got {current!r:.80}")
     current._np_random = restore(data["np_random"], arrays, current._np_random)
@@ -221,7 +203,7 @@ def _give_space(data: Any, arrays: Arrays, current: Any) -> spaces.Space:
     return current
 
 
-def _parts(space: spaces.Space) -> dict[Any, spaces.Space]:
+def _parts(space: spaces.Space[Any]) -> dict[Any, spaces.Space[Any]]:
     """The spaces inside a dictionary or tuple of spaces."""
     if isinstance(space, spaces.Dict):
         return dict(space.spaces)
@@ -331,51 +313,38 @@ def env_layers(env: VecEnv) -> Iterator[tuple[str, Any]]:
 
 def capture_env(path: str, env: VecEnv, arrays: Arrays) -> dict[str, Any]:
     """
-    :param path: name of the environment in a checkpoint
-    :param env: vectorised environment
-    :param arrays: filled with its arrays
-    :return: the state as JSON; without an exact one, ``opaque`` says why and only the wrappers outside of it have one
+    The state of an environment as JSON. If it has one that cannot be taken, ``opaque`` says why, and only the wrappers of the
+    vectorised environment have one.
     """
     layers = list(env_layers(env))
+    wrappers = sum(isinstance(layer, VecEnvWrapper) for _, layer in layers)
     reason = None if isinstance(layers[-1][1], gym.Env) else f"{layers[-1][0]} has its environments elsewhere"
-    capture = Capture(arrays)
-    capture.seen.update((id(layer), layer) for _, layer in layers)
+    capture, some = Capture(arrays), Capture(arrays, strict=False)
+    capture.seen.update((id(layer), layer) for _, layer in layers)  # they are passed over in the layers around them
     states: list[Any] = []
-    for name, layer in layers:
+    for name, layer in layers if reason is None else layers[:wrappers]:
         layer_path = f"{path}.{len(states)}.{name}"
-        if reason is not None and not isinstance(layer, VecEnvWrapper):
-            break
         try:
-            # The list of environments and those wrapped are layers of their own
             states.append(capture.attributes(layer_path, layer, leave_out=INNER))
         except Exception as error:  # whatever goes wrong in a look at objects of any kind: they have no state to take
             reason = str(error)
-            states.append(Capture(arrays, strict=False).attributes(layer_path, layer, leave_out=INNER))
-    if reason is not None:
-        states = states[: sum(isinstance(layer, VecEnvWrapper) for _, layer in layers)]
-    return {"layers": states, "opaque": reason}
+            states.append(some.attributes(layer_path, layer, leave_out=INNER))
+    return {"layers": states if reason is None else states[:wrappers], "opaque": reason}
 
 
 def restore_env(env: VecEnv, data: dict[str, Any], arrays: Arrays) -> str | None:
-    """
-    Put an environment that was just reset where the captured one was.
-
-    :param env: vectorised environment with the layers of the captured one
-    :param data: JSON from :func:`capture_env`
-    :param arrays: the arrays that go with it
-    :return: why this was not possible, None if it was; wrappers of the vectorised environment are restored in any case
-    """
+    """Put an environment with the same layers where the captured one was; returns why this was not possible, if it was not."""
     for (_, layer), state in zip(env_layers(env), data["layers"], strict=False):
         try:
             restore_attributes(layer, state, arrays)
         except OpaqueError as error:
             return str(error)
-    return data["opaque"]
+    return data["opaque"]  # type: ignore[no-any-return]
 
 
 def capture_random(arrays: Arrays) -> dict[str, Any]:
     """The random states of this process: Python, NumPy, PyTorch."""
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     values = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": th.get_rng_state()}
     return Capture(arrays).value("random", {**values, "cuda": [state.clone() for state in cuda]})  # type: ignore[no-any-return]
 
@@ -397,8 +366,9 @@ def callbacks_by_name(root: BaseCallback) -> dict[str, BaseCallback]:
     def walk(callback: BaseCallback) -> None:
         if callback in found.values():
             return
-        count = sum(type(other) is type(callback) for other in found.values())
-        found[f"{type(callback).__qualname__}_{count}"] = callback
+        if type(callback) is not CallbackList:  # which SB3 makes and which holds nothing else
+            count = sum(type(other) is type(callback) for other in found.values())
+            found[f"{type(callback).__qualname__}_{count}"] = callback
         for value in vars(callback).values():
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, BaseCallback):

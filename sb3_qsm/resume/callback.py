@@ -49,8 +49,8 @@ from sb3_qsm.resume._storage import (
 )
 
 PACKAGES = ("numpy", "torch", "stable_baselines3", "gymnasium", "mujoco")
-# Arguments that may differ from those of the checkpoint: the random states replace the seed, the others change no number
-FREE_ARGUMENTS = ("tensorboard_log", "verbose", "seed", "device")
+# Arguments that may differ from those of the checkpoint, as they change no number
+FREE_ARGUMENTS = ("tensorboard_log", "verbose", "device")
 # Arrays of the replay buffer in which a transition is a row that stays as it was added
 COLUMNS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 # Attributes that belong to one call of learn, not to the run
@@ -119,8 +119,8 @@ class ResumeCallback(BaseCallback):
         paths = checkpoints(folder)
         if not paths and (foreign := sorted(path.name for path in folder.glob("*_steps.zip"))):
             raise ValueError(
-                f"save_path={str(folder)!r} holds models saved by SB3's CheckpointCallback ({foreign[0]}), which a run cannot go "
-                f"on from exactly: load one with {type(self.model).__name__}.load, or choose another save_path"
+                f"save_path={str(folder)!r} holds checkpoints of SB3's CheckpointCallback ({foreign[0]}), which do not hold "
+                f"a whole run: load one with {type(self.model).__name__}.load, and choose another save_path"
             )
         (folder / "replay_buffer").mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".*_steps.tmp"):  # of a process that was killed
@@ -129,23 +129,21 @@ class ResumeCallback(BaseCallback):
         if later := [path for path in paths if steps_of(path) > self.model.num_timesteps]:
             if self.n_calls > 0:
                 raise ValueError(
-                    f"save_path={str(folder)!r} holds {later[0].name}, later than the model ({self.model.num_timesteps} steps), "
-                    "of this callback's earlier run: give a second run its own ResumeCallback and save_path"
+                    f"save_path={str(folder)!r} holds {later[0].name} of an earlier call to learn with this callback, "
+                    f"the model is at step {self.model.num_timesteps}: a new ResumeCallback goes on with that run, another "
+                    "save_path begins a second one"
                 )
             self._restore(first_whole(later))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        """
-        Put model, replay buffer and environment where they were. Runs when ``learn`` has reset what it resets.
-
-        :param checkpoint: where to go on
-        :raises ValueError: if arguments or environment are others; the message names the first
-        """
+        """Put model, replay buffer and environment where they were; ``learn`` has reset them, as it does."""
         model: Any = self.model
         path, state, arrays = checkpoint
         for name, given in describe_run(model).items():
             saved = state["run"].get(name)
-            if saved != given:
+            if saved != given and name == "seed":
+                warnings.warn(f"seed={given} is without effect: the run goes on with the random numbers of seed={saved}")
+            elif saved != given:
                 raise ValueError(
                     f"{name} must be that of the checkpoint {path}, {json.dumps(saved)}, got {json.dumps(given)}: start the "
                     "program that began the run, or choose another save_path for another run. To go on in another way, "
@@ -188,7 +186,8 @@ class ResumeCallback(BaseCallback):
         opaque = restore_env(model.env, state["env"], arrays)
         if opaque is not None:
             warnings.warn(
-                f"the state of the environment cannot be restored ({opaque}): the run goes on with a new episode, not bit for bit"
+                f"the environment has a state that cannot be restored ({opaque}): the run goes on with a new episode, "
+                "not bit for bit"
             )
             model._last_obs = model.env.reset()
             model._last_episode_starts = np.ones(model.n_envs, dtype=bool)
@@ -201,6 +200,8 @@ class ResumeCallback(BaseCallback):
         self._checkpoint = checkpoint
 
     def _on_training_start(self) -> None:
+        if self.parent is not None:  # which passes on no start of a rollout
+            raise ValueError(f"callback must be ResumeCallback or a list with it, got one inside {type(self.parent).__name__}")
         if self._checkpoint is not None:
             _, state, arrays = self._checkpoint
             restore_callbacks(self.locals["callback"], state["callbacks"], arrays)
@@ -293,11 +294,7 @@ class ResumeCallback(BaseCallback):
         return path
 
     def _write_shards(self, buffer: ReplayBuffer) -> None:
-        """
-        Write the rows that are new since the last call to a file, or all of them if the earlier files do not lead here.
-
-        :param buffer: replay buffer
-        """
+        """Write the rows that are new since the last call to a file, or all of them if the earlier files do not lead here."""
         folder = Path(self.save_path)
         filled = buffer.buffer_size if buffer.full else buffer.pos
         pos, num_timesteps = self._shards_end
@@ -369,7 +366,7 @@ def describe_run(model: Any) -> dict[str, Any]:
         **{name: getattr(model, name, getattr(model, f"_{name}", None)) for name in arguments_of(model)},
         "policy": model.policy_class,
     }
-    return {name: describe(value) for name, value in described.items() if name not in ("env", *FREE_ARGUMENTS)}
+    return {name: describe(value) for name, value in described.items() if name not in ("self", "env", *FREE_ARGUMENTS)}
 
 
 def capture_callbacks(root: BaseCallback, arrays: Arrays) -> dict[str, Any]:
@@ -391,7 +388,7 @@ def restore_callbacks(root: BaseCallback, data: dict[str, Any], arrays: Arrays) 
         warnings.warn(f"the checkpoint holds the state of callbacks that are not there: {', '.join(missing)}")
     for name in callbacks.keys() & data.keys():
         callback = callbacks[name]
-        restore_attributes(callback, data[name]["attributes"], arrays, leave_out=arguments_of(callback))
+        restore_attributes(callback, data[name]["attributes"], arrays)
         for key, state in data[name]["envs"].items():
             env = getattr(callback, key, None)
             if isinstance(env, VecEnv) and state["opaque"] is None:

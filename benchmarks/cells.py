@@ -3,6 +3,7 @@
 import csv
 import functools
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -33,9 +34,7 @@ from stable_baselines3.common.vec_env import VecEnv
 import sb3_qsm
 from benchmarks.algorithms import algorithm_class
 from benchmarks.suites import NOISE, Cell, read_function, read_policy_kwargs
-from sb3_qsm import QSM
-from sb3_qsm.checkpoint import CheckpointCallback, package_versions
-from sb3_qsm.storage import checkpoints, newest_checkpoint
+from sb3_qsm.resume import ResumeCallback, checkpoints
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start states for every algorithm and every evaluation
 PACKAGES = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")
@@ -190,7 +189,13 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    return {"python": platform.python_version(), **package_versions(PACKAGES)}
+    found = {"python": platform.python_version(), "sb3_qsm": sb3_qsm.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
 def peak_memory_mb() -> float:
@@ -226,7 +231,7 @@ def ms_per_action(model: BaseAlgorithm, envs: VecEnv) -> float:
 
 def train(cell: Cell, folder: Path, revision: str) -> None:
     """
-    Train a cell; QSM goes on from the checkpoints that are there, other algorithms begin again.
+    Train a cell, from the newest checkpoint that is there.
 
     :param cell: what to train
     :param folder: existing folder for the files of the result
@@ -235,14 +240,8 @@ def train(cell: Cell, folder: Path, revision: str) -> None:
     recorder = Recorder(cell, folder)  # before the model, which sets the seeds: making environments draws random numbers
     model = make_model(cell)
     model.set_logger(configure(str(folder), ["csv"]))
-    callbacks: list[BaseCallback] = [recorder]
-    if type(model) is QSM:
-        saves = folder / saves_name()
-        if checkpoints(saves):
-            model.restore(newest_checkpoint(saves))
-        callbacks.append(CheckpointCallback(max(cell.eval_freq // model.n_envs, 1), saves))
-    steps_left = cell.n_timesteps - model.num_timesteps
-    model.learn(steps_left, callbacks, log_interval=None, reset_num_timesteps=False)  # type: ignore[arg-type]
+    resume = ResumeCallback(max(cell.eval_freq // model.n_envs, 1), folder / saves_name())
+    model.learn(cell.n_timesteps, [resume, recorder], log_interval=None)  # type: ignore[arg-type]
     training_s, evaluation_s = recorder.training_s, recorder.evaluation_s
     model.logger.close()
     model.save(folder / "model")
@@ -283,8 +282,8 @@ def publish(files: Path, folder: Path) -> None:
 
 def run_cell(cell: Cell, out: Path, revision: str | None = None) -> bool:
     """
-    Train a cell unless its result is there. A killed process leaves only a temporary folder, which the next one clears or,
-    for QSM, goes on from.
+    Train a cell unless its result is there. A killed process leaves only a temporary folder, which the next one goes
+    on from if it holds checkpoints, and else clears.
 
     :param cell: what to train
     :param out: results folder

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
-from benchmarks.kill_test import make_env
 from sb3_qsm import QSM
 from sb3_qsm.export import export_onnx
 
@@ -36,7 +37,7 @@ def microseconds(function: Callable[[], object], repeats: int = 300) -> tuple[fl
 
 def main() -> None:
     th.set_num_threads(1)
-    model = QSM("MlpPolicy", make_env("HalfCheetah-v5", 1, True), device="cpu")
+    model = QSM("MlpPolicy", VecNormalize(make_vec_env("HalfCheetah-v5")), device="cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     rng = np.random.default_rng(0)

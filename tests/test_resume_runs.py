@@ -17,8 +17,8 @@ pytest.importorskip("rl_zoo3")
 from benchmarks.cells import run_cell
 from benchmarks.executors import ROOT
 from benchmarks.suites import read_suite
-from sb3_qsm import QSM, zoo
-from sb3_qsm.storage import checkpoints
+from sb3_qsm import QSM
+from sb3_qsm.resume import checkpoints
 
 CLOCK = {"time/fps", "time/time_elapsed", "training_s"}
 
@@ -91,24 +91,9 @@ def test_killed_zoo_goes_on(tmp_path):
     for name in ["killed", "unbroken"]:
         done = subprocess.run(command(name), cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert ("Going on at 150 steps" in done.stdout or "Going on at 200 steps" in done.stdout) == (name == "killed")
+        assert ("Going on from" in done.stdout) == (name == "killed")
     killed, unbroken = tmp_path / "killed/qsm/InvertedPendulum-v5_2", tmp_path / "unbroken/qsm/InvertedPendulum-v5_1"
     assert same_weights(*(QSM.load(run / "InvertedPendulum-v5.zip").policy for run in (killed, unbroken)))
     for key in ["timesteps", "results"]:
         np.testing.assert_array_equal(np.load(killed / "evaluations.npz")[key], np.load(unbroken / "evaluations.npz")[key])
     assert len(checkpoints(tmp_path / "killed" / "saves")) == 2
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["enjoy"],
-        ["train", "--algo", "sac"],
-        ["train", "--algo=sac", "-tags", "qsm"],
-        ["train", "-optimize"],
-        ["train", "--optimize-hyperparameters"],
-    ],
-)
-def test_checkpoints_of_something_else(arguments):
-    with pytest.raises(ValueError, match="--checkpoints saves goes with training QSM, got"):
-        zoo.main([*arguments, "--checkpoints", "saves"])

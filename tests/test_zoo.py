@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
+from stable_baselines3 import SAC
 from torch import nn
 
 from sb3_qsm import QSM, zoo
+from sb3_qsm.resume import checkpoints
 
 optuna = pytest.importorskip("optuna")
 pytest.importorskip("rl_zoo3")
@@ -46,14 +48,19 @@ def test_train_enjoy_plot(tmp_path):
     assert zoo.plot([str(tmp_path)]) == picture and picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_checkpoints_of_a_pretrained_model(tmp_path):
-    """-n counts the steps to come, not those that the model has had."""
-    QSM("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, buffer_size=1000).learn(60).save(tmp_path / "model")
-    checkpointing = ["--checkpoints", str(tmp_path / "checkpoints"), "--checkpoint-freq", "20", "-f", str(tmp_path / "logs")]
-    launch("train", "--env", "Pendulum-v1", "-n", "40", "-i", str(tmp_path / "model.zip"), "--eval-freq", "-1", *checkpointing)
-    model = QSM.load(next((tmp_path / "logs").rglob("Pendulum-v1.zip")))
-    assert (model.num_timesteps, model.replay_buffer_class) == (40, None)
-    assert [path.name for path in (tmp_path / "checkpoints").glob("rl_model*")] == ["rl_model_20_steps"]
+def test_checkpoints(tmp_path):
+    """Of any off-policy algorithm; the same command again, and one that goes on from a file: -n counts the steps to come."""
+    checkpointing = ["--checkpoints", str(tmp_path / "saves"), "--checkpoint-freq", "20", "-f", str(tmp_path / "logs")]
+    shrink = ["--eval-freq", "-1", "-params", "learning_starts:20", "batch_size:16", "buffer_size:1000"]
+    command = ["train", "--algo", "sac", "--env", "Pendulum-v1", "--seed", "1", *checkpointing, *shrink]
+    assert "Going on" not in launch(*command, "-n", "50")
+    assert f"Going on from {tmp_path / 'saves' / 'rl_model_50_steps'}" in launch(*command, "-n", "70")
+    weights = [SAC.load(path).policy.state_dict() for path in sorted((tmp_path / "logs").rglob("Pendulum-v1.zip"))]
+    assert not th.equal(weights[0]["actor.mu.weight"], weights[1]["actor.mu.weight"])
+    another = ["-i", str(tmp_path / "logs/sac/Pendulum-v1_2/Pendulum-v1.zip"), "--checkpoints", str(tmp_path / "another")]
+    launch(*command, "-n", "40", *another)
+    assert SAC.load(tmp_path / "logs/sac/Pendulum-v1_3/Pendulum-v1.zip").num_timesteps == 40
+    assert [path.name for path in checkpoints(tmp_path / "another")] == ["rl_model_40_steps", "rl_model_20_steps"]
 
 
 def test_train_dm_control(tmp_path):
@@ -108,11 +115,19 @@ def test_paper_configuration():
     assert entries["dm_control/humanoid-walk-v0"]["score_target"] == "published"
 
 
+CALLBACK = {"sb3_qsm.resume.ResumeCallback": {"save_freq": 10_000, "save_path": "a:b", "verbose": 1}}
+
+
 @pytest.mark.parametrize(
     "script, arguments, expected",
     [
         ("train", ["--env", "X"], ["--algo", "qsm", "--env", "X", "--conf-file", str(zoo.HYPERPARAMS / "qsm.yml")]),
         ("train", ["-c", "paper"], ["--algo", "qsm", "--conf-file", str(zoo.HYPERPARAMS / "paper.yml")]),
+        (
+            "train",
+            ["--algo", "td3", "-params", "tau:0.1", "--checkpoints", "a:b", "-n", "5"],
+            ["--algo", "td3", "-n", "5", "--hyperparams", "tau:0.1", f"callback:{CALLBACK}"],
+        ),
         ("train", ["--algo", "qsm", "-conf", "mine.yml"], ["--algo", "qsm", "--conf-file", "mine.yml"]),
         ("train", ["--algo", "sac", "-n", "5"], ["--algo", "sac", "-n", "5"]),
         ("enjoy", ["--env", "X"], ["--algo", "qsm", "--env", "X"]),
@@ -120,6 +135,12 @@ def test_paper_configuration():
 )
 def test_zoo_arguments(script, arguments, expected):
     assert zoo.zoo_arguments(script, arguments) == expected
+
+
+@pytest.mark.parametrize("arguments", [["enjoy"], ["train", "-optimize"], ["train", "--optimize-hyperparameters"]])
+def test_checkpoints_of_something_else(arguments):
+    with pytest.raises(ValueError, match="--checkpoints='saves' goes with training, got"):
+        zoo.main([*arguments, "--checkpoints", "saves"])
 
 
 def test_errors(tmp_path, monkeypatch):

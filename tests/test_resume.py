@@ -18,8 +18,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import SimpleMultiObsEnv
-from stable_baselines3.common.logger import KVWriter, Logger
-from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
+from stable_baselines3.common.logger import Figure, KVWriter, Logger
+from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
@@ -286,6 +286,22 @@ def test_callbacks_go_on(first, tmp_path):
         np.testing.assert_array_equal(*evaluations)
     assert resumed_counts.returns == counts.returns and len(counts.returns) == 70
     assert resumed_counts.started_with == (40 if first else 0)
+
+
+def test_pictures_in_the_logger(tmp_path):
+    """What waits in the logger and is no number is left out; the rest comes back."""
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            self.logger.record("figure", Figure(figure=object(), close=False))
+            self.logger.record_mean("mean", self.num_timesteps)
+            return True
+
+    learn(make_model(), 90, ResumeCallback(20, tmp_path), Record(), StopAt(45))
+    model = make_model()
+    model._setup_learn(90, ResumeCallback(20, tmp_path))
+    assert model.logger.name_to_value["mean"] == pytest.approx(20.5) and model.logger.name_to_count["mean"] == 40
+    assert "figure" not in model.logger.name_to_value
 
 
 def half(value):
@@ -618,6 +634,15 @@ class Prioritised(ReplayBuffer):
         self.tree = (i for i in range(3))
 
 
+class OpaqueNoise(ActionNoise):
+    def __init__(self):
+        super().__init__()
+        self.numbers = (0.1 for i in range(10**9))
+
+    def __call__(self):
+        return next(self.numbers)
+
+
 def test_other_buffers(tmp_path):
     learn(make_model(replay_buffer_class=Counting), 30, ResumeCallback(10, tmp_path), StopAt(25))
     assert resume(tmp_path, algorithm=SAC, replay_buffer_class=Counting, total=30).replay_buffer.n_added == 20
@@ -625,7 +650,11 @@ def test_other_buffers(tmp_path):
     for kwargs, message in [
         (
             dict(replay_buffer_class=Prioritised),
-            "replay_buffer_class must keep transitions.* got Prioritised: replay_buffer.tree",
+            "replay_buffer_class and action_noise must hold numbers.* got Prioritised and NoneType: replay_buffer.tree",
+        ),
+        (
+            dict(action_noise=OpaqueNoise()),
+            "action_noise must hold numbers only.* got ReplayBuffer and OpaqueNoise: action_noise",
         ),
         (no_timeouts, "optimize_memory_usage must be False for ResumeCallback, got True"),
     ]:
@@ -639,7 +668,9 @@ def test_hindsight_and_on_policy(tmp_path):
 
     env = BitFlippingEnv(continuous=True)
     model = make_model(env=env, policy="MultiInputPolicy", replay_buffer_class=HerReplayBuffer)
-    with pytest.raises(ValueError, match=r"replay_buffer_class must keep transitions.* got HerReplayBuffer: replay_buffer"):
+    with pytest.raises(
+        ValueError, match=r"replay_buffer_class .* must hold numbers only.* got HerReplayBuffer .*: replay_buffer"
+    ):
         model.learn(5, ResumeCallback(1, tmp_path))
     with pytest.raises(ValueError, match=r"resumes off-policy algorithms, .* got PPO"):
         PPO("MlpPolicy", "Pendulum-v1", device="cpu").learn(5, ResumeCallback(1, tmp_path))

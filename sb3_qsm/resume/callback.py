@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from numbers import Integral
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,8 @@ class ResumeCallback(BaseCallback):
         if model.use_sde:
             restore_attributes(model.actor.action_dist, state["exploration"], arrays)
         restore(state["action_noise"], arrays, model.action_noise)
-        for name, value in restore(state["logger"], arrays).items():
-            getattr(model.logger, name).update(value)
+        for name, values in state["logger"].items():
+            getattr(model.logger, name).update({key: restore(value, arrays) for key, value in values.items()})
 
         buffer, rows = model.replay_buffer, state["replay_buffer"]
         restore_attributes(buffer, rows["attributes"], arrays)
@@ -204,7 +205,7 @@ class ResumeCallback(BaseCallback):
             raise ValueError(f"callback must be ResumeCallback or a list with it, got one inside {type(self.parent).__name__}")
         if self._checkpoint is not None:
             _, state, arrays = self._checkpoint
-            restore_callbacks(self.locals["callback"], state["callbacks"], arrays)
+            restore_callbacks(self.locals.get("callback", self), state["callbacks"], arrays)
 
     def _restore_random(self) -> None:
         """Last of all, since the start of other callbacks may draw random numbers."""
@@ -277,13 +278,15 @@ class ResumeCallback(BaseCallback):
             "model": some.attributes("model", model, leave_out=elsewhere),
             "exploration": some.attributes("exploration", model.actor.action_dist) if model.use_sde else None,
             "action_noise": Capture(arrays).value("action_noise", model.action_noise),
-            "logger": some.value("logger", {name: getattr(model.logger, name) for name in LOGGER_ATTRIBUTES}),
+            "logger": {
+                name: some.attributes(name, SimpleNamespace(**getattr(model.logger, name))) for name in LOGGER_ATTRIBUTES
+            },
             "replay_buffer": {
                 "attributes": Capture(arrays).attributes("replay_buffer", model.replay_buffer, leave_out=COLUMNS),
                 "shards": self._shards,
             },
             "env": capture_env("env", model.env, arrays),
-            "callbacks": capture_callbacks(self.locals["callback"], arrays),
+            "callbacks": capture_callbacks(self.locals.get("callback", self), arrays),
             "random": capture_random(arrays),
         }
         path = folder / f"{self.name_prefix}_{model.num_timesteps}_steps"
@@ -321,10 +324,11 @@ def check_model(model: BaseAlgorithm) -> None:
         raise ValueError("optimize_memory_usage must be False for ResumeCallback, got True")
     try:
         Capture({}).attributes("replay_buffer", model.replay_buffer, leave_out=COLUMNS)
+        Capture({}).value("action_noise", model.action_noise)
     except OpaqueError as error:
         raise ValueError(
-            "replay_buffer_class must keep transitions, and beside them numbers only, for ResumeCallback, "
-            f"got {type(model.replay_buffer).__name__}: {error}"
+            "replay_buffer_class and action_noise must hold numbers only, beside the transitions, for ResumeCallback, "
+            f"got {type(model.replay_buffer).__name__} and {type(model.action_noise).__name__}: {error}"
         ) from error
 
 

@@ -346,12 +346,11 @@ def test_checkpoint_costs_the_new_transitions(tmp_path):
     written = []
 
     class Watch(ResumeCallback):
-        def save(self):
+        def _save(self):
             before = set((tmp_path / "replay_buffer").iterdir())
-            path = super().save()
+            super()._save()
             after = set((tmp_path / "replay_buffer").iterdir())
             written.append((len(after - before), sum(shard["rows"] for shard in self._shards)))
-            return path
 
     make().learn(190, [Watch(10, tmp_path), StopAt(180)])
     # One new file of 10 rows each time, up to the 50 rows of the ring; then the oldest files go
@@ -703,12 +702,12 @@ def test_full_disk(tmp_path):
     expected = learn(make_model(QSM), 65)
 
     class FullInBetween(ResumeCallback):
-        def save(self):
+        def _save(self):
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             if 30 <= self.num_timesteps < 50:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
             try:
-                return super().save()
+                super()._save()
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

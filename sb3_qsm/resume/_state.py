@@ -88,14 +88,7 @@ class Capture:
 
 
 def restore(data: Any, arrays: Arrays, current: Any = None) -> Any:
-    """
-    The value that was captured; written into the object that is there where the two are of a kind.
-
-    :param data: JSON from :class:`Capture`
-    :param arrays: the arrays that go with it
-    :param current: what is there
-    :raises ValueError: for data that no capture can have written
-    """
+    """The value that was captured; written into the object that is there where the two are of a kind."""
     if data is None or isinstance(data, bool | int | float | str):
         return data
     if isinstance(data, list):

@@ -27,13 +27,7 @@ NAME = re.compile(r"[^.].*_(\d+)_steps")
 
 
 class Checkpoint(NamedTuple):
-    """
-    What was read from a folder and found whole.
-
-    :param path: the folder
-    :param state: JSON
-    :param arrays: the arrays that go with it, without those of the replay buffer
-    """
+    """What was read from a folder and found whole; without the transitions."""
 
     path: Path
     state: dict[str, Any]
@@ -60,11 +54,7 @@ def shard_file(folder: Path, sha256: str) -> Path:
 
 
 def first_whole(paths: list[Path]) -> Checkpoint:
-    """
-    :param paths: checkpoints, newest first
-    :return: the newest that is whole; broken ones before it are warned about
-    :raises ValueError: if there is none, with the reason for each
-    """
+    """The first that is whole, with a warning of broken ones before it, or a ValueError with the reason for each."""
     refused = []
     for path in paths:
         try:
@@ -80,13 +70,7 @@ def first_whole(paths: list[Path]) -> Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """
-    Read a checkpoint, every byte of which is checked first.
-
-    :param path: folder of the checkpoint
-    :return: its content
-    :raises ValueError: if it is broken or of another format; the message says which file and why
-    """
+    """Read a checkpoint of which every byte is checked, or raise a ValueError that says which file is broken and why."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["format"] != FORMAT:
@@ -132,12 +116,7 @@ def sync(folder: Path) -> None:
 
 
 def write_checkpoint(state: dict[str, Any], arrays: Arrays, path: Path) -> None:
-    """
-    :param state: JSON
-    :param arrays: the arrays that go with it
-    :param path: folder of the checkpoint; one of that name is replaced
-    :raises OSError: if it cannot be written; nothing is left behind
-    """
+    """Write a checkpoint aside and give it its name in one step, or leave nothing behind; one of that name is replaced."""
     aside = path.with_name(f".{path.name}.tmp")
     files = dict(zip(FILES, (json.dumps(state).encode(), save(arrays)), strict=True))
     manifest = {"format": FORMAT, "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
@@ -157,12 +136,7 @@ def write_checkpoint(state: dict[str, Any], arrays: Arrays, path: Path) -> None:
 
 
 def write_shard(columns: Arrays, folder: Path) -> str:
-    """
-    :param columns: some rows of each array of the replay buffer
-    :param folder: folder of the checkpoints
-    :return: checksum of the file, which is its name
-    :raises OSError: if it cannot be written; nothing is left behind
-    """
+    """Write some rows of each array of the replay buffer, or leave nothing behind; returns the checksum, which is the name."""
     content = save(columns)
     sha256 = hashlib.sha256(content).hexdigest()
     path = shard_file(folder, sha256)

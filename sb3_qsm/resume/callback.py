@@ -72,9 +72,8 @@ class ResumeCallback(BaseCallback):
     For any off-policy algorithm of SB3. In a list of callbacks it is best the first: those behind it find what they had
     gathered when their own training starts. One call to ``learn`` is one run; each run needs a folder of its own.
 
-    A checkpoint is taken at the end of a rollout and its updates, where the transitions are stored and learnt from, and when
-    the run ends. A disk that is full, or any other error of the system, does not end the training: it is warned about each
-    time, the earlier checkpoints stay, and the next attempt follows ``save_freq`` calls later.
+    A checkpoint is taken between rollouts, where the last transition is stored and learnt from, and when the run ends. A disk
+    that is full does not end the training: it is warned about, and the next attempt follows ``save_freq`` calls later.
 
     .. warning::
 
@@ -87,9 +86,8 @@ class ResumeCallback(BaseCallback):
     :param keep: How many checkpoints to keep; older ones are removed when a new one is complete
     :param verbose: Verbosity level: 0 for no output, 1 for where a run goes on, 2 for each checkpoint, too
     :raises ValueError: for arguments out of range. When the training starts: if the program is not the one that began the run
-        (the message names the first argument that differs), if no checkpoint in ``save_path`` is whole or they are SB3's, and
-        for an algorithm without a replay buffer or one that keeps more than numbers. When saving: for a weight that is not
-        finite
+        (the message names the first argument that differs), if ``save_path`` holds only broken checkpoints or SB3's, and for
+        an algorithm whose state cannot be saved. When saving: for a weight that is not finite
     :raises OSError: at the start of the training, if ``save_path`` cannot be written to
     """
 
@@ -235,24 +233,14 @@ class ResumeCallback(BaseCallback):
     def _try_to_save(self) -> None:
         self._n_calls_saved, self._rollout_is_new = self.n_calls, False
         try:
-            path = self.save()
+            self._save()
         except OSError as error:
             warnings.warn(
                 f"no checkpoint at {self.model.num_timesteps} steps: {error}. Training goes on; the next attempt "
                 f"follows in {self.save_freq} calls, and until then the newest checkpoint is an earlier one."
             )
-        else:
-            if self.verbose >= 2:
-                print(f"Saving checkpoint to {path}")
 
-    def save(self) -> Path:
-        """
-        Write a checkpoint now; to be called at the start of a rollout.
-
-        :return: its folder
-        :raises ValueError: for a weight that is not finite; nothing is written
-        :raises OSError: if the folder cannot be written to; what was there stays
-        """
+    def _save(self) -> None:
         model: Any = self.model
         folder = Path(self.save_path)
         arrays: Arrays = {}
@@ -294,7 +282,8 @@ class ResumeCallback(BaseCallback):
         for old in [old for old in checkpoints(folder) if steps_of(old) <= model.num_timesteps][self.keep :]:
             shutil.rmtree(old)
         remove_unused_shards(folder)
-        return path
+        if self.verbose >= 2:
+            print(f"Saving checkpoint to {path}")
 
     def _write_shards(self, buffer: ReplayBuffer) -> None:
         """Write the rows that are new since the last call to a file, or all of them if the earlier files do not lead here."""

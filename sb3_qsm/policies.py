@@ -23,10 +23,10 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_qsm import schedules
 from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser
 from sb3_qsm.samplers import SAMPLERS, DenoiseFn, Sampler
 from sb3_qsm.schedules import SCHEDULES
+from sb3_qsm.schedules import Schedule as NoiseSchedule
 
 
 def lookup(argument: str, value: Any, choices: dict[str, Any]) -> Any:
@@ -83,7 +83,7 @@ class DiffusionActor(BasePolicy):
         features_dim: int,
         normalize_images: bool = True,
         n_diffusion_steps: int = 6,
-        noise_schedule: str | schedules.Schedule = "geometric",
+        noise_schedule: str | NoiseSchedule = "geometric",
         sampler: str | Sampler = "ddpm",
         preconditioning: Any = "edm",
         denoiser_class: str | type[Denoiser] = "late_fusion",

@@ -10,16 +10,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sb3_qsm import QSM
-from sb3_qsm.checkpoint import CheckpointCallback
-from sb3_qsm.storage import checkpoints, newest_checkpoint
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_qsm import QSM, PublishedQSM
+from sb3_qsm.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     import optuna
 
+ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {"qsm": QSM, "published_qsm": PublishedQSM}
 ZOO_SCRIPTS = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
-POLICY_PARAMS = ("beta_schedule", "n_diffusion_steps")
+POLICY_PARAMS = ("noise_schedule", "n_diffusion_steps")
 
 
 def sample_qsm_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -34,8 +36,8 @@ def sample_qsm_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
     """
     from rl_zoo3.hyperparams_opt import sample_sac_params
 
-    hyperparams = sample_sac_params(trial, n_actions, n_envs, additional_args)
-    hyperparams["policy_kwargs"]["beta_schedule"] = trial.suggest_categorical("beta_schedule", ["box", "cosine", "vp"])
+    hyperparams: dict[str, Any] = sample_sac_params(trial, n_actions, n_envs, additional_args)
+    hyperparams["policy_kwargs"]["noise_schedule"] = trial.suggest_categorical("noise_schedule", list(SCHEDULES))
     hyperparams["policy_kwargs"]["n_diffusion_steps"] = trial.suggest_int("n_diffusion_steps", 4, 20)
     return hyperparams
 
@@ -49,66 +51,52 @@ def convert_qsm_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     """
     from rl_zoo3.hyperparams_opt import convert_offpolicy_params
 
-    hyperparams = convert_offpolicy_params(sampled_params)
+    hyperparams: dict[str, Any] = convert_offpolicy_params(sampled_params)
     hyperparams["policy_kwargs"].update({name: hyperparams.pop(name) for name in POLICY_PARAMS})
     return hyperparams
 
 
-def checkpointed(folder: Path, save_freq: int) -> type[QSM]:
-    """
-    QSM that saves checkpoints as the zoo trains it, and goes on from the newest one that is there.
-
-    :param folder: folder of the checkpoints
-    :param save_freq: environment steps between them
-    :return: the class
-    """
-
-    class CheckpointedQSM(QSM):
-        def learn(self, total_timesteps: int, callback: Any = None, **kwargs: Any) -> "CheckpointedQSM":  # type: ignore[override]
-            if checkpoints(folder):
-                self.restore(newest_checkpoint(folder))
-                print(f"Going on at {self.num_timesteps} steps")
-            saving = CheckpointCallback(max(save_freq // self.n_envs, 1), folder, verbose=self.verbose)
-            if self._resumed is not None:
-                total_timesteps -= self.num_timesteps
-            kwargs["reset_num_timesteps"] = self._resumed is None
-            return super().learn(total_timesteps, [*(callback or []), saving], **kwargs)
-
-    return CheckpointedQSM
-
-
-def register(algorithm: type[QSM] = QSM) -> None:
+def register() -> None:
     """
     Make QSM known to rl_zoo3, and dm_control's tasks to Gymnasium.
-
-    :param algorithm: what the zoo shall train as QSM
     """
     import rl_zoo3
     import rl_zoo3.hyperparams_opt
     import shimmy  # noqa: F401
 
-    rl_zoo3.ALGOS["qsm"] = algorithm
-    rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER["qsm"] = sample_qsm_params
-    rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER["qsm"] = convert_qsm_params
+    rl_zoo3.ALGOS.update(ALGORITHMS)
+    for name in ALGORITHMS:
+        rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[name] = sample_qsm_params
+        rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[name] = convert_qsm_params
 
 
 def zoo_arguments(script: str, arguments: list[str]) -> list[str]:
     """
-    The command line for the zoo's script: QSM is the default algorithm, and ``train`` finds the files shipped here.
+    The command line for the zoo's script: QSM is the default algorithm, ``train`` finds the files shipped here, and
+    ``--checkpoints`` becomes the zoo's argument ``callback``.
 
     :param script: one of ``ZOO_SCRIPTS``
-    :param arguments: the user's command line; ``-c qsm`` and ``-c paper`` name files shipped with this package
+    :param arguments: the user's command line; ``-c qsm`` names a file shipped with this package
     :return: the zoo's command line
+    :raises ValueError: for checkpoints of anything but a training
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--algo", default="qsm")
     parser.add_argument("-c", "-conf", "--conf-file")
+    parser.add_argument("--checkpoints")
+    parser.add_argument("--checkpoint-freq", type=int, default=10_000)
+    parser.add_argument("-params", "--hyperparams", nargs="+", default=[])
     known, rest = parser.parse_known_args(arguments)
-    conf_file = known.conf_file or ("qsm" if (known.algo, script) == ("qsm", "train") else None)
+    conf_file = known.conf_file or (known.algo if known.algo in ALGORITHMS and script == "train" else None)
     if conf_file is not None:
         shipped = HYPERPARAMS / f"{conf_file}.yml"
         rest += ["--conf-file", str(shipped if shipped.is_file() else conf_file)]
-    return ["--algo", known.algo, *rest]
+    if known.checkpoints is not None:
+        if script != "train" or {"-optimize", "--optimize-hyperparameters"} & set(rest):
+            raise ValueError(f"--checkpoints={known.checkpoints!r} goes with training, got {' '.join([script, *arguments])}")
+        callback = dict(save_freq=known.checkpoint_freq, save_path=known.checkpoints, verbose=1)
+        known.hyperparams.append(f"callback:{ {'sb3_qsm.resume.ResumeCallback': callback} }")
+    return ["--algo", known.algo, *rest, *(["--hyperparams", *known.hyperparams] if known.hyperparams else [])]
 
 
 def plot(arguments: list[str]) -> Path:
@@ -117,6 +105,7 @@ def plot(arguments: list[str]) -> Path:
 
     :param arguments: command line: a folder, of which the newest run is taken (default: logs)
     :return: path of the picture, in the folder of the run
+    :raises ValueError: for a folder without evaluations
     """
     import matplotlib
     import numpy as np
@@ -137,7 +126,7 @@ def plot(arguments: list[str]) -> Path:
     axes.plot(evaluations["timesteps"], mean, marker=".")
     axes.set(title=runs[-1].parent.name, xlabel="Environment steps", ylabel="Return (mean and std of the episodes)")
     axes.grid(alpha=0.3)
-    picture = runs[-1].parent / "learning_curve.png"
+    picture: Path = runs[-1].parent / "learning_curve.png"
     figure.savefig(picture, dpi=150)
     plt.close(figure)
     print(f"Learning curve: {picture}")
@@ -149,30 +138,21 @@ def main(arguments: list[str]) -> None:
     Run a script of the zoo, or ``plot``.
 
     :param arguments: command line: the script's name, then its own arguments; ``--checkpoints FOLDER`` with ``train`` saves
-        there every ``--checkpoint-freq`` steps (10 000), and the same command again goes on from there
-    :raises ValueError: for an unknown script, or checkpoints of something else than QSM in training
+        there every ``--checkpoint-freq`` calls to ``env.step()`` (10 000), and the same command again goes on from there
+    :raises ValueError: for an unknown script
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoints", type=Path)
-    parser.add_argument("--checkpoint-freq", type=int, default=10_000)
-    known, arguments = parser.parse_known_args(arguments)
     script, *rest = arguments or [""]
     if script == "plot":
         plot(rest)
         return
     if script not in ZOO_SCRIPTS:
         raise ValueError(f"script={script!r} is unknown, choose one of {', '.join((*ZOO_SCRIPTS, 'plot'))}")
-    rest = zoo_arguments(script, rest)
-    optimizes = bool({"-optimize", "--optimize-hyperparameters"} & set(rest))
-    if known.checkpoints is not None and (script != "train" or optimizes or rest[:2] != ["--algo", "qsm"]):
-        raise ValueError(f"--checkpoints {known.checkpoints} goes with training QSM, got {' '.join(arguments)}")
+    sys.argv = [f"rl_zoo3.{script}", *zoo_arguments(script, rest)]
     try:
-        register(QSM if known.checkpoints is None else checkpointed(known.checkpoints, known.checkpoint_freq))
+        register()
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError('The zoo is not installed: pip install "sb3-qsm[zoo]"') from error
-    module = f"rl_zoo3.{script}"
-    sys.argv = [module, *rest]
-    runpy.run_module(module, run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

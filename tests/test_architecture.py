@@ -15,16 +15,20 @@ ALLOWED = {
     "losses": set(),
     "networks": set(),
     "temperature": set(),
-    "samplers": {"schedules"},
+    "samplers": set(),
+    "normalization": set(),
     "policies": {"schedules", "samplers", "networks"},
-    "storage": set(),
-    "state": {"storage"},
     "buffers": set(),
-    "checkpoint": {"buffers", "state", "storage"},
-    "qsm": {"buffers", "checkpoint", "losses", "policies", "storage", "temperature"},
-    "export": {"policies", "qsm", "state"},
-    "__init__": {"policies", "qsm"},
-    "zoo": {"", "checkpoint", "qsm", "storage"},
+    "qsm": {"buffers", "losses", "normalization", "policies", "temperature"},
+    "published": {"policies", "qsm", "samplers"},
+    "export": {"policies", "qsm"},
+    "__init__": {"policies", "published", "qsm"},
+    "zoo": {"", "schedules"},
+    # Knows SB3, and nothing of QSM
+    "resume/_storage": set(),
+    "resume/_state": {"resume._storage"},
+    "resume/callback": {"resume._state", "resume._storage"},
+    "resume/__init__": {"resume._storage", "resume.callback"},
 }
 
 
@@ -39,7 +43,7 @@ def imports(module):
 
 
 def test_every_module_is_listed():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(ALLOWED)
+    assert {path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.py")} == set(ALLOWED)
 
 
 @pytest.mark.parametrize("module", ALLOWED)
@@ -48,18 +52,26 @@ def test_imports_point_one_way(module):
     assert own <= ALLOWED[module]
 
 
-@pytest.mark.parametrize("module", ["schedules", "samplers", "losses", "networks", "temperature"])
+@pytest.mark.parametrize("module", ["schedules", "samplers", "losses", "networks", "normalization", "temperature"])
 def test_equations_need_torch_only(module):
     foreign = {name.partition(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"sb3_qsm"}
     assert foreign == {"torch"}
 
 
-@pytest.mark.parametrize("module", ["storage", "state", "checkpoint", "export"])
+@pytest.mark.parametrize("module", ["resume/_storage", "resume/_state", "resume/callback", "export"])
 def test_nothing_that_is_handed_over_is_pickled(module):
     assert not set(imports(module)) & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
     assert "torch.load" not in (source := (ROOT / f"{module}.py").read_text()) and "th.load" not in source
 
 
 def test_public_names():
-    assert set(sb3_qsm.__all__) == {"QSM", "MlpPolicy", "CnnPolicy", "MultiInputPolicy", "DiffusionPolicy", "__version__"}
+    assert set(sb3_qsm.__all__) == {
+        "QSM",
+        "PublishedQSM",
+        "MlpPolicy",
+        "CnnPolicy",
+        "MultiInputPolicy",
+        "DiffusionPolicy",
+        "__version__",
+    }
     assert all(hasattr(sb3_qsm, name) for name in sb3_qsm.__all__)

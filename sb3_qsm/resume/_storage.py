@@ -21,19 +21,13 @@ from safetensors.numpy import load, save
 
 Arrays = dict[str, np.ndarray]
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("state.json", "state.safetensors")
 NAME = re.compile(r"[^.].*_(\d+)_steps")
 
 
 class Checkpoint(NamedTuple):
-    """
-    What was read from a folder and found whole.
-
-    :param path: the folder
-    :param state: JSON
-    :param arrays: the arrays that go with it, without those of the replay buffer
-    """
+    """What was read from a folder and found whole; without the transitions."""
 
     path: Path
     state: dict[str, Any]
@@ -42,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """
-    :param folder: where a :class:`CheckpointCallback` saved
+    :param folder: where a :class:`ResumeCallback` saved
     :return: the checkpoints in it, whole or not, newest first
     """
     found = [path for path in Path(folder).glob("*_steps") if path.is_dir() and NAME.fullmatch(path.name)]
@@ -55,40 +49,28 @@ def steps_of(path: Path) -> int:
     return int(match[1])
 
 
-def shard_file(folder: Path, shard: dict[str, Any]) -> Path:
-    return folder / "replay_buffer" / f"{shard['sha256']}.safetensors"
+def shard_file(folder: Path, sha256: str) -> Path:
+    return folder / "replay_buffer" / f"{sha256}.safetensors"
 
 
-def newest_checkpoint(folder: str | Path) -> Checkpoint:
-    """
-    :param folder: folder of checkpoints, or one checkpoint
-    :return: the newest that is whole; a broken one before it is warned about
-    :raises ValueError: if there is none, with the reason for each
-    """
-    path = Path(folder)
-    if NAME.fullmatch(path.name) and path.is_dir() and not (path / "replay_buffer").exists():
-        return read_checkpoint(path)
+def first_whole(paths: list[Path]) -> Checkpoint:
+    """The first that is whole, with a warning of broken ones before it, or a ValueError with the reason for each."""
     refused = []
-    for candidate in checkpoints(path):
+    for path in paths:
         try:
-            checkpoint = read_checkpoint(candidate)
+            checkpoint = read_checkpoint(path)
         except ValueError as error:
             refused.append(str(error))
             continue
         if refused:
-            warnings.warn("\n".join([*refused, f"Going on with the one before: {candidate}"]))
+            warnings.warn("\n".join([*refused, f"Going on with the one before: {path}"]))
         return checkpoint
-    raise ValueError("\n".join([f"folder={str(folder)!r} holds no whole checkpoint", *refused]))
+    folder = str(paths[0].parent)
+    raise ValueError("\n".join([f"save_path={folder!r} holds no whole checkpoint; mend it or choose another", *refused]))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """
-    Read a checkpoint, every byte of which is checked first.
-
-    :param path: folder of the checkpoint
-    :return: its content
-    :raises ValueError: if it is broken or of another format; the message says which file and why
-    """
+    """Read a checkpoint of which every byte is checked, or raise a ValueError that says which file is broken and why."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
         if manifest["format"] != FORMAT:
@@ -100,19 +82,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if state["num_timesteps"] != steps_of(path):
             raise ValueError(f"it is of step {state['num_timesteps']}, its name says another")
         for shard in state["replay_buffer"]["shards"]:
-            read_whole(shard_file(path.parent, shard), shard["sha256"])
+            read_whole(shard_file(path.parent, shard["sha256"]), shard["sha256"])
         return Checkpoint(path, state, load(contents[1]))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"checkpoint {path} refused: {error or type(error).__name__}") from error
 
 
 def read_whole(path: Path, sha256: str) -> bytes:
-    """
-    :param path: file to read; not mapped into memory, as it could change while it is in use
-    :param sha256: checksum that it was written with
-    :return: its content
-    :raises ValueError: if its checksum is another
-    """
+    """The content of a file if its checksum is that; not mapped into memory, as it could change while it is in use."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path.name} is not as it was written (checksum)")
@@ -120,11 +97,7 @@ def read_whole(path: Path, sha256: str) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """
-    :param path: file to write, down to the disk
-    :param content: its content
-    :raises OSError: if that fails; nothing is left behind
-    """
+    """Write a file down to the disk, or leave nothing behind."""
     try:
         with open(path, "wb") as file:
             file.write(content)
@@ -142,15 +115,8 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def publish(state: dict[str, Any], arrays: Arrays, path: Path) -> None:
-    """
-    Write a checkpoint aside and give it its name in one step.
-
-    :param state: JSON
-    :param arrays: the arrays that go with it
-    :param path: folder of the checkpoint; one of that name is replaced
-    :raises OSError: if it cannot be written; nothing is left behind
-    """
+def write_checkpoint(state: dict[str, Any], arrays: Arrays, path: Path) -> None:
+    """Write a checkpoint aside and give it its name in one step, or leave nothing behind; one of that name is replaced."""
     aside = path.with_name(f".{path.name}.tmp")
     files = dict(zip(FILES, (json.dumps(state).encode(), save(arrays)), strict=True))
     manifest = {"format": FORMAT, "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
@@ -170,35 +136,23 @@ def publish(state: dict[str, Any], arrays: Arrays, path: Path) -> None:
 
 
 def write_shard(columns: Arrays, folder: Path) -> str:
-    """
-    :param columns: some rows of each array of the replay buffer
-    :param folder: folder of the checkpoints
-    :return: checksum of the file, which is its name
-    :raises OSError: if it cannot be written; nothing is left behind
-    """
+    """Write some rows of each array of the replay buffer, or leave nothing behind; returns the checksum, which is the name."""
     content = save(columns)
     sha256 = hashlib.sha256(content).hexdigest()
-    path = shard_file(folder, {"sha256": sha256})
+    path = shard_file(folder, sha256)
     write(path.with_suffix(".tmp"), content)
     os.replace(path.with_suffix(".tmp"), path)
     sync(path.parent)
     return sha256
 
 
-def read_shard(folder: Path, shard: dict[str, Any]) -> Arrays:
-    """
-    :param folder: folder of the checkpoints
-    :param shard: entry of ``state.json``
-    :return: some rows of each array of the replay buffer
-    :raises ValueError: if the file is broken
-    """
-    return load(read_whole(shard_file(folder, shard), shard["sha256"]))
+def read_shard(folder: Path, sha256: str) -> Arrays:
+    """The rows that :func:`write_shard` wrote."""
+    return load(read_whole(shard_file(folder, sha256), sha256))
 
 
 def remove_unused_shards(folder: Path) -> None:
-    """
-    :param folder: folder of the checkpoints
-    """
+    """Remove the files that no checkpoint uses, of killed processes too."""
     used = set()
     for path in checkpoints(folder):
         try:

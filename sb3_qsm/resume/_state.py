@@ -18,16 +18,18 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
-from sb3_qsm.storage import Arrays
+from sb3_qsm.resume._storage import Arrays
 
-# Configuration, which the user's own code builds again before a state is written back
+# Configuration, which the user's own code builds again before a state is written back. A function counts as such whatever it
+# closes over: RescaleAction's holds a factor, and that another one holds a list to which it appends cannot be told from it
 FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, np.ufunc)
-CONFIGURATION = (*FUNCTIONS, type, types.ModuleType, EnvSpec, VecEnv, BaseCallback)
-# Attributes of SB3's and Gymnasium's wrappers that hold no state of a run: open files, renderers, tables of methods
-STATELESS = ("results_writer", "mujoco_renderer", "class_attributes")
+DEFINITIONS = (*FUNCTIONS, type, types.ModuleType, np.dtype, th.dtype, th.device, EnvSpec)
+CONFIGURATION = (*DEFINITIONS, VecEnv, BaseCallback)
+# Attributes of SB3's and Gymnasium's wrappers that hold no state of a run: open files, renderers, tables of methods, arguments
+STATELESS = ("results_writer", "mujoco_renderer", "class_attributes", "_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs")
 INNER = ("envs", "env", "venv")
 BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
 
@@ -51,17 +53,13 @@ class Capture:
         self.seen: dict[int, Any] = {}  # the objects themselves, so that no id is used twice
 
     def attributes(self, path: str, instance: Any, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
-        """
-        :param path: name of the object in a checkpoint
-        :param instance: any object
-        :param leave_out: names of attributes that are not part of the state
-        :return: its attributes that are data
-        :raises OpaqueError: if strict, for an attribute that is neither data nor configuration
-        """
+        """The attributes of an object that are data; if strict, one that is no configuration either is an OpaqueError."""
         self.seen[id(instance)] = instance
         found = {}
         for name, value in vars(instance).items():
-            if name not in (*STATELESS, *leave_out) and not self.is_configuration(value):
+            # The digest of an MjModel goes with its MjData
+            passed_over = id(value) in self.seen or isinstance(value, CONFIGURATION) or _is_mujoco(value, "MjModel")
+            if name not in (*STATELESS, *leave_out) and not passed_over:
                 try:
                     found[name] = self.value(f"{path}.{name}", value)
                 except OpaqueError:
@@ -69,27 +67,14 @@ class Capture:
                         raise
         return found
 
-    def is_configuration(self, value: Any) -> bool:
-        """
-        :param value: an attribute
-        :return: whether it is no part of the state: configuration, or an object met before
-        """
-        # The digest of an MjModel goes with its MjData
-        return id(value) in self.seen or isinstance(value, CONFIGURATION) or _is_mujoco(value, "MjModel")
-
     def value(self, path: str, value: Any) -> Any:
-        """
-        :param path: name of the value in a checkpoint
-        :param value: data, or an object made of data
-        :return: the value as JSON
-        :raises OpaqueError: for anything else
-        """
+        """JSON for data, or for an object made of data; anything else is an OpaqueError."""
         if value is None or type(value) in (bool, int, float, str):
             return value
         if type(value) is list:
             return [self.value(f"{path}.{i}", item) for i, item in enumerate(value)]
         for kind, (matches, take, _) in KINDS.items():
-            if matches(value) and (self.strict or kind != "object"):
+            if matches(value) and (self.strict or kind not in ("object", "definition")):
                 return {"kind": kind, **take(self, path, value)}
         raise OpaqueError(f"{path}, {type(value)}, is no data")
 
@@ -103,37 +88,23 @@ class Capture:
 
 
 def restore(data: Any, arrays: Arrays, current: Any = None) -> Any:
-    """
-    The value that was captured; written into the object that is there where the two are of a kind.
-
-    :param data: JSON from :class:`Capture`
-    :param arrays: the arrays that go with it
-    :param current: what is there
-    :return: the value
-    :raises ValueError: for data that no capture can have written
-    """
+    """The value that was captured; written into the object that is there where the two are of a kind."""
     if data is None or isinstance(data, bool | int | float | str):
         return data
     if isinstance(data, list):
-        there = current if isinstance(current, list) and len(current) == len(data) else [None] * len(data)
+        there = current if isinstance(current, list | tuple) and len(current) == len(data) else [None] * len(data)
         return [restore(item, arrays, old) for item, old in zip(data, there, strict=True)]
     if not isinstance(data, dict) or data.get("kind") not in KINDS:
         raise ValueError(f"unknown kind of data: {data!r:.80}")
     return KINDS[data["kind"]][2](data, arrays, current)
 
 
-def restore_attributes(instance: Any, data: dict[str, Any], arrays: Arrays, leave_out: tuple[str, ...] = ()) -> None:
-    """
-    :param instance: object to change
-    :param data: JSON from :meth:`Capture.attributes`
-    :param arrays: the arrays that go with it
-    :param leave_out: names of attributes to leave as they are
-    """
+def restore_attributes(instance: Any, data: dict[str, Any], arrays: Arrays) -> None:
+    """Give an object the attributes that :meth:`Capture.attributes` took."""
     for name, value in data.items():
         if name.startswith("__"):
             raise ValueError(f"{name} is no attribute that a capture takes")
-        if name not in leave_out:
-            setattr(instance, name, restore(value, arrays, getattr(instance, name, None)))
+        setattr(instance, name, restore(value, arrays, getattr(instance, name, None)))
 
 
 def _is_plain(value: Any) -> bool:
@@ -150,20 +121,30 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
+def _give_object(data: Any, arrays: Arrays, current: Any) -> Any:
+    if type(current).__qualname__ != data["class"]:
+        raise ValueError(f"an object of class {data['class']} was expected, got {type(current).__qualname__}")
+    restore_attributes(current, data["attributes"], arrays)
+    return current
+
+
+def _give_definition(data: Any, arrays: Arrays, current: Any) -> Any:
+    if not isinstance(current, DEFINITIONS):
+        raise OpaqueError(f"a function or class was expected, got {current!r:.80}")
+    return current
+
+
 def _take_dict(capture: Capture, path: str, value: dict[Any, Any]) -> dict[str, Any]:
-    pairs = [[capture.value(path, key), capture.value(f"{path}.{key}", item)] for key, item in value.items()]
-    return {"items": pairs}
+    return {"items": [[capture.value(path, key), capture.value(f"{path}.{key}", item)] for key, item in value.items()]}
 
 
 def _give_dict(data: Any, arrays: Arrays, current: Any) -> Any:
     old = current if isinstance(current, dict) else {}
     pairs = [(restore(key, arrays), value) for key, value in data["items"]]
     new = {key: restore(value, arrays, old.get(key)) for key, value in pairs}
-    if not isinstance(current, dict):
-        return new
-    current.clear()
-    current.update(new)
-    return current
+    old.clear()
+    old.update(new)
+    return old
 
 
 def _take_sequence(capture: Capture, path: str, value: Any) -> dict[str, Any]:
@@ -184,25 +165,16 @@ def _take_generator(capture: Capture, path: str, value: Any) -> dict[str, Any]:
     return {"state": capture.value(path, generator.state)}
 
 
-def _new_generator(data: Any, arrays: Arrays) -> Any:
+def _give_generator(data: Any, arrays: Arrays, current: Any) -> Any:
     state = restore(data["state"], arrays)
     if state["bit_generator"] not in BIT_GENERATORS:
         raise ValueError(f"unknown random generator: {state['bit_generator']!r:.80}")
-    generator = getattr(np.random, state["bit_generator"])()
-    generator.state = state
-    return generator
-
-
-def _give_generator(data: Any, arrays: Arrays, current: Any) -> Any:
-    new = _new_generator(data, arrays)
+    new = getattr(np.random, state["bit_generator"])()
+    new.state = state
     if isinstance(current, np.random.Generator) and type(current.bit_generator) is type(new):
-        current.bit_generator.state = new.state  # in place: it may be shared
+        current.bit_generator.state = state  # in place: it may be shared
         return current
     return np.random.RandomState(new) if data["kind"] == "random_state" else np.random.Generator(new)
-
-
-def _take_torch_generator(capture: Capture, path: str, value: th.Generator) -> dict[str, Any]:
-    return capture.array(path, value.get_state().numpy())
 
 
 def _give_torch_generator(data: Any, arrays: Arrays, current: Any) -> th.Generator:
@@ -211,12 +183,12 @@ def _give_torch_generator(data: Any, arrays: Arrays, current: Any) -> th.Generat
     return generator
 
 
-def _take_space(capture: Capture, path: str, value: spaces.Space) -> dict[str, Any]:
+def _take_space(capture: Capture, path: str, value: spaces.Space[Any]) -> dict[str, Any]:
     """Only the random numbers of a space can change."""
     return {"np_random": capture.value(path, value._np_random), "parts": capture.value(path, _parts(value))}
 
 
-def _give_space(data: Any, arrays: Arrays, current: Any) -> spaces.Space:
+def _give_space(data: Any, arrays: Arrays, current: Any) -> spaces.Space[Any]:
     if not isinstance(current, spaces.Space):
         raise ValueError(f"a space was expected, got {current!r:.80}")
     current._np_random = restore(data["np_random"], arrays, current._np_random)
@@ -224,11 +196,24 @@ def _give_space(data: Any, arrays: Arrays, current: Any) -> spaces.Space:
     return current
 
 
-def _parts(space: spaces.Space) -> dict[Any, spaces.Space]:
+def _parts(space: spaces.Space[Any]) -> dict[Any, spaces.Space[Any]]:
     """The spaces inside a dictionary or tuple of spaces."""
     if isinstance(space, spaces.Dict):
         return dict(space.spaces)
     return dict(enumerate(space.spaces)) if isinstance(space, spaces.Tuple) else {}
+
+
+def _is_mujoco(value: Any, name: str) -> bool:
+    """Whether a value is an object of MuJoCo, which is there only if an environment has imported it."""
+    return "mujoco" in sys.modules and isinstance(value, getattr(sys.modules["mujoco"], name))
+
+
+def _model_digest(model: Any) -> str:
+    import mujoco
+
+    content = np.empty(mujoco.mj_sizeModel(model), np.uint8)
+    mujoco.mj_saveModel(model, None, content)
+    return hashlib.sha256(content.tobytes()).hexdigest()
 
 
 def _take_mujoco(capture: Capture, path: str, value: Any) -> dict[str, Any]:
@@ -259,32 +244,13 @@ def _give_mujoco(data: Any, arrays: Arrays, current: Any) -> Any:
     return current
 
 
-def _model_digest(model: Any) -> str:
-    import mujoco
-
-    content = np.empty(mujoco.mj_sizeModel(model), np.uint8)
-    mujoco.mj_saveModel(model, None, content)
-    return hashlib.sha256(content.tobytes()).hexdigest()
-
-
-def _is_mujoco(value: Any, name: str) -> bool:
-    """Whether a value is an object of MuJoCo, which is there only if an environment has imported it."""
-    return "mujoco" in sys.modules and isinstance(value, getattr(sys.modules["mujoco"], name))
-
-
-def _give_object(data: Any, arrays: Arrays, current: Any) -> Any:
-    if type(current).__qualname__ != data["class"]:
-        raise ValueError(f"an object of class {data['class']} was expected, got {type(current).__qualname__}")
-    restore_attributes(current, data["attributes"], arrays)
-    return current
-
-
 # Each kind of value: what belongs to it, how it becomes JSON, how JSON becomes the value
 KINDS: dict[str, tuple[Callable[[Any], bool], Callable[..., dict[str, Any]], Callable[[Any, Arrays, Any], Any]]] = {
+    "definition": (lambda value: isinstance(value, DEFINITIONS), lambda capture, path, value: {}, _give_definition),
     "tuple": (
         lambda value: type(value) is tuple,
         _take_sequence,
-        lambda data, arrays, current: tuple(restore(data["items"], arrays)),
+        lambda data, arrays, current: tuple(restore(data["items"], arrays, current)),
     ),
     "dict": (lambda value: isinstance(value, dict), _take_dict, _give_dict),
     "deque": (
@@ -309,25 +275,23 @@ KINDS: dict[str, tuple[Callable[[Any], bool], Callable[..., dict[str, Any]], Cal
     ),
     "generator": (lambda value: isinstance(value, np.random.Generator), _take_generator, _give_generator),
     "random_state": (lambda value: isinstance(value, np.random.RandomState), _take_generator, _give_generator),
-    "torch_generator": (lambda value: isinstance(value, th.Generator), _take_torch_generator, _give_torch_generator),
+    "torch_generator": (
+        lambda value: isinstance(value, th.Generator),
+        lambda capture, path, value: capture.array(path, value.get_state().numpy()),
+        _give_torch_generator,
+    ),
     "space": (lambda value: isinstance(value, spaces.Space), _take_space, _give_space),
     "mujoco": (functools.partial(_is_mujoco, name="MjData"), _take_mujoco, _give_mujoco),
     "object": (
         _is_plain,
-        lambda capture, path, value: {
-            "class": type(value).__qualname__,
-            "attributes": capture.attributes(path, value),
-        },
+        lambda capture, path, value: {"class": type(value).__qualname__, "attributes": capture.attributes(path, value)},
         _give_object,
     ),
 }
 
 
 def env_layers(env: VecEnv) -> Iterator[tuple[str, Any]]:
-    """
-    :param env: vectorised environment
-    :return: name and object of each wrapper and environment, from the outside in
-    """
+    """Name and object of each wrapper and environment, from the outside in."""
     layer: Any = env
     while isinstance(layer, VecEnvWrapper):
         yield type(layer).__qualname__, layer
@@ -342,63 +306,44 @@ def env_layers(env: VecEnv) -> Iterator[tuple[str, Any]]:
 
 def capture_env(path: str, env: VecEnv, arrays: Arrays) -> dict[str, Any]:
     """
-    :param path: name of the environment in a checkpoint
-    :param env: vectorised environment
-    :param arrays: filled with its arrays
-    :return: the state as JSON; without an exact one, ``opaque`` says why and only the wrappers outside of it have one
+    The state of an environment as JSON. If it has one that cannot be taken, ``opaque`` says why, and only the wrappers of the
+    vectorised environment have one.
     """
     layers = list(env_layers(env))
+    wrappers = sum(isinstance(layer, VecEnvWrapper) for _, layer in layers)
     reason = None if isinstance(layers[-1][1], gym.Env) else f"{layers[-1][0]} has its environments elsewhere"
-    capture = Capture(arrays)
-    capture.seen.update((id(layer), layer) for _, layer in layers)
+    capture, some = Capture(arrays), Capture(arrays, strict=False)
+    capture.seen.update((id(layer), layer) for _, layer in layers)  # they are passed over in the layers around them
     states: list[Any] = []
-    for name, layer in layers:
+    for name, layer in layers if reason is None else layers[:wrappers]:
         layer_path = f"{path}.{len(states)}.{name}"
-        if reason is not None and not isinstance(layer, VecEnvWrapper):
-            break
         try:
-            # The list of environments and those wrapped are layers of their own
             states.append(capture.attributes(layer_path, layer, leave_out=INNER))
         except Exception as error:  # whatever goes wrong in a look at objects of any kind: they have no state to take
             reason = str(error)
-            states.append(Capture(arrays, strict=False).attributes(layer_path, layer, leave_out=INNER))
-    if reason is not None:
-        states = states[: sum(isinstance(layer, VecEnvWrapper) for _, layer in layers)]
-    return {"layers": states, "opaque": reason}
+            states.append(some.attributes(layer_path, layer, leave_out=INNER))
+    return {"layers": states if reason is None else states[:wrappers], "opaque": reason}
 
 
 def restore_env(env: VecEnv, data: dict[str, Any], arrays: Arrays) -> str | None:
-    """
-    Put an environment that was just reset where the captured one was.
-
-    :param env: vectorised environment with the layers of the captured one
-    :param data: JSON from :func:`capture_env`
-    :param arrays: the arrays that go with it
-    :return: why this was not possible, None if it was; wrappers of the vectorised environment are restored in any case
-    """
+    """Put an environment with the same layers where the captured one was; returns why this was not possible, if it was not."""
     for (_, layer), state in zip(env_layers(env), data["layers"], strict=False):
         try:
             restore_attributes(layer, state, arrays)
         except OpaqueError as error:
             return str(error)
-    return data["opaque"]
+    return data["opaque"]  # type: ignore[no-any-return]
 
 
 def capture_random(arrays: Arrays) -> dict[str, Any]:
-    """
-    :param arrays: filled with the arrays
-    :return: the random states of this process: Python, NumPy, PyTorch
-    """
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []
+    """The random states of this process: Python, NumPy, PyTorch."""
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     values = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": th.get_rng_state()}
-    return Capture(arrays).value("random", {**values, "cuda": [state.clone() for state in cuda]})
+    return Capture(arrays).value("random", {**values, "cuda": [state.clone() for state in cuda]})  # type: ignore[no-any-return]
 
 
 def restore_random(data: Any, arrays: Arrays) -> None:
-    """
-    :param data: JSON from :func:`capture_random`
-    :param arrays: the arrays that go with it
-    """
+    """Set what :func:`capture_random` took."""
     states = restore(data, arrays)
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
@@ -408,17 +353,15 @@ def restore_random(data: Any, arrays: Arrays) -> None:
 
 
 def callbacks_by_name(root: BaseCallback) -> dict[str, BaseCallback]:
-    """
-    :param root: the callback of a training
-    :return: it and those inside it, by class and order
-    """
+    """The callback of a training and those inside it, by class and order."""
     found: dict[str, BaseCallback] = {}
 
     def walk(callback: BaseCallback) -> None:
         if callback in found.values():
             return
-        count = sum(type(other) is type(callback) for other in found.values())
-        found[f"{type(callback).__qualname__}_{count}"] = callback
+        if type(callback) is not CallbackList:  # which SB3 makes and which holds nothing else
+            count = sum(type(other) is type(callback) for other in found.values())
+            found[f"{type(callback).__qualname__}_{count}"] = callback
         for value in vars(callback).values():
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, BaseCallback):
@@ -429,42 +372,24 @@ def callbacks_by_name(root: BaseCallback) -> dict[str, BaseCallback]:
 
 
 def arguments_of(instance: Any) -> tuple[str, ...]:
-    """
-    :param instance: any object
-    :return: names of the arguments of its constructor and of those it inherits
-    """
+    """Names of the arguments of an object's constructor and of those that it inherits."""
     constructors = [vars(cls)["__init__"] for cls in type(instance).__mro__ if "__init__" in vars(cls) and cls is not object]
     return tuple(name for constructor in constructors for name in inspect.signature(constructor).parameters)
 
 
 def describe(value: Any) -> Any:
     """
-    :param value: an argument
-    :return: JSON for it; what is no data becomes ``{"opaque": name}``
+    JSON for an argument, by which two of them are compared: data by value, functions and classes by name, other objects by
+    what they print as or, if that is their place in memory, by class.
     """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [describe(item) for item in value]}
-    if type(value) is dict and all(type(key) is str for key in value):
-        return {"dict": {key: describe(item) for key, item in value.items()}}
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return {"opaque": f"{named.__module__}.{named.__qualname__}"}
-
-
-def is_opaque(data: Any) -> bool:
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return (isinstance(data, dict) and "opaque" in data) or any(map(is_opaque, parts))
-
-
-def rebuild(data: Any) -> Any:
-    """
-    :param data: JSON from :func:`describe`, not opaque
-    :return: the argument
-    """
-    if not isinstance(data, dict):
-        return data
-    ((kind, content),) = data.items()
-    if kind == "dict":
-        return {key: rebuild(item) for key, item in content.items()}
-    return {"list": list, "tuple": tuple}[kind](map(rebuild, content))
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, dict):
+        return {str(describe(key)): describe(item) for key, item in value.items()}
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}" if " at 0x" in repr(value) else repr(value)

@@ -66,10 +66,6 @@ def work(folder, algorithm, task, steps, n_envs, normalize, save_freq, kill_at=N
 def run(folder, *arguments):
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    # What takes long to import, once for all processes
-    context.set_forkserver_preload(
-        ["sb3_contrib", "sb3_qsm.resume", "torch._dynamo", "gymnasium.envs.mujoco.inverted_pendulum_v5", "pytest"]
-    )
     process = context.Process(target=work, args=(folder, *arguments))
     process.start()
     return process

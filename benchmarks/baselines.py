@@ -293,7 +293,7 @@ class DACERStyle(Baseline):
     def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param replay_data: batch of transitions
-        :return: loss; entropy, which is the target between two estimates, so that alpha stays; no gradient of Q; each of shape ()
+        :return: loss; entropy, which is the target between two estimates: alpha stays; no gradient of Q; each of shape ()
         """
         observations = replay_data.observations
         entropy = th.tensor(float(self.target_entropy), device=self.device)
@@ -317,13 +317,13 @@ class DACERStyle(Baseline):
 
         def denoise(u: th.Tensor, t: int) -> th.Tensor:
             levels = th.full((len(u),), t, device=self.device)
-            return InwardClamp.apply(self.actor.denoise(observations, u, levels))
+            return InwardClamp.apply(self.actor.denoise(observations, u, levels))  # type: ignore[no-untyped-call]
 
         ratios = self.actor.levels
         shape = (2 + len(ratios), len(observations), get_action_dim(self.action_space))
         start, *noise, added = th.randn(shape, device=self.device)
         chain = ddpm_sample(denoise, ratios, (1 + ratios[-1] ** 2) ** 0.5 * start, th.stack(noise))
-        return InwardClamp.apply(chain + self._noise_std() * added)
+        return InwardClamp.apply(chain + self._noise_std() * added)  # type: ignore[no-untyped-call]
 
     def _entropy(self, observations: th.Tensor) -> th.Tensor:
         """

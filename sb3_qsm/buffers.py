@@ -76,7 +76,7 @@ class Rows(dict[Any, np.ndarray]):
 
 
 def choose_replay_buffer(
-    observation_space: spaces.Space, n_steps: int | None, given: type[ReplayBuffer] | None, optimize_memory_usage: bool
+    observation_space: spaces.Space[Any], n_steps: int | None, given: type[ReplayBuffer] | None, optimize_memory_usage: bool
 ) -> tuple[int, type[ReplayBuffer] | None]:
     """
     The number of steps and the class that go with a user's arguments: three steps where the user leaves it open.

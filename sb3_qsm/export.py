@@ -244,7 +244,7 @@ def _under(prefix: str, tensors: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _boxes(space: spaces.Space) -> list[Any]:
+def _boxes(space: spaces.Space[Any]) -> list[Any]:
     boxes = list(space.values()) if isinstance(space, spaces.Dict) else [space]
     if not all(isinstance(box, spaces.Box) for box in boxes):
         raise ValueError(f"observation_space must be a box or a dictionary of boxes, got {space}")

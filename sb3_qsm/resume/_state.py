@@ -332,14 +332,14 @@ def restore_env(env: VecEnv, data: dict[str, Any], arrays: Arrays) -> str | None
             restore_attributes(layer, state, arrays)
         except OpaqueError as error:
             return str(error)
-    return data["opaque"]  # type: ignore[no-any-return]
+    return data["opaque"]
 
 
 def capture_random(arrays: Arrays) -> dict[str, Any]:
     """The random states of this process: Python, NumPy, PyTorch."""
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_initialized() else []
     values = {"python": random.getstate(), "numpy": np.random.get_state(legacy=False), "torch": th.get_rng_state()}
-    return Capture(arrays).value("random", {**values, "cuda": [state.clone() for state in cuda]})  # type: ignore[no-any-return]
+    return Capture(arrays).value("random", {**values, "cuda": [state.clone() for state in cuda]})
 
 
 def restore_random(data: Any, arrays: Arrays) -> None:

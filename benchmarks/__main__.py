@@ -8,11 +8,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; comparable times need pinned threads
 
-from benchmarks.executors import EXECUTORS, ROOT
-from benchmarks.progress import Board
-from benchmarks.suites import Run, check_known, read_suite, select
+from .executors import EXECUTORS
+from .progress import Board
+from .suites import ROOT, Run, check_known, read_suite, select
 
-RUNS, RESULTS, IMAGES = ROOT / "benchmarks" / "runs", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+HERE = ROOT or Path()
+RUNS, RESULTS, IMAGES = HERE / "benchmarks" / "runs", HERE / "benchmarks" / "results", HERE / "docs" / "images"
 
 
 def chosen_runs(args: argparse.Namespace) -> list[Run]:
@@ -55,7 +56,7 @@ def train(args: argparse.Namespace) -> int:
     :param args: command line
     :return: exit status, 1 if a run failed
     """
-    from benchmarks.runs import execute
+    from .runs import execute
 
     return int(not all([execute(run, args.out) for run in chosen_runs(args)]))
 
@@ -65,7 +66,7 @@ def collect(args: argparse.Namespace) -> int:
     :param args: command line
     :return: exit status
     """
-    from benchmarks.statistics import collect
+    from .statistics import collect
 
     args.out.mkdir(parents=True, exist_ok=True)
     collect(args.runs, args.out / f"{args.runs.resolve().stem}.csv")
@@ -77,8 +78,8 @@ def tables(args: argparse.Namespace) -> int:
     :param args: command line
     :return: exit status
     """
-    from benchmarks.report import as_markdown, tables
-    from benchmarks.statistics import read_results
+    from .report import as_markdown, tables
+    from .statistics import read_results
 
     for title, table in tables(read_results(source_of(args.results))):
         print(f"## {title}\n\n{as_markdown(table)}")
@@ -90,7 +91,7 @@ def report(args: argparse.Namespace) -> int:
     :param args: command line
     :return: exit status
     """
-    from benchmarks.report import write_report
+    from .report import write_report
 
     source = source_of(args.results)
     page = args.out or RUNS / f"{source.resolve().stem}.html"
@@ -104,7 +105,7 @@ def figures(args: argparse.Namespace) -> int:
     :param args: command line
     :return: exit status
     """
-    from benchmarks.figures import of_pages, save
+    from .figures import of_pages, save
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in of_pages(RESULTS):

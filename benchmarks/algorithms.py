@@ -4,7 +4,7 @@ from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from benchmarks.baselines import DIPO, QVPO, DACERStyle, DiffusionQL
+from .baselines import DIPO, QVPO, DACERStyle, DiffusionQL
 from sb3_qsm import QSM, PublishedQSM
 
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {

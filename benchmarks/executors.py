@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from benchmarks.suites import Run
+from .suites import ROOT, Run
 
-ROOT = Path(__file__).parent.parent
 Report = Callable[[Run, int, float, float], None]  # run, step, return, steps per second
 
 
@@ -68,15 +67,16 @@ def run_ray(runs: list[Run], out: Path, jobs: int, report: Report, address: str 
     """
     import ray
 
-    from benchmarks.runs import execute, git_revision, publish
+    from .runs import execute, git_revision, publish
 
     def run_remotely(run: Run, revision: str) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
             execute(run, Path(folder), revision)
             return {file.name: file.read_bytes() for file in Path(folder, run.folder).iterdir()}
 
-    code = {"working_dir": str(ROOT), "excludes": ["benchmarks/runs", ".git"], "env_vars": {"OMP_NUM_THREADS": "1"}}
-    ray.init(address=address, num_cpus=None if address else jobs, runtime_env=code)
+    code = {} if ROOT is None else {"working_dir": str(ROOT), "excludes": ["benchmarks/runs", ".git"]}
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    ray.init(address=address, num_cpus=None if address else jobs, runtime_env={**code, "env_vars": variables})
     # max_calls=1: a fresh process for every run, as with local processes.
     task = ray.remote(num_cpus=1, max_calls=1, max_retries=-1)(run_remotely)
     revision = git_revision()  # the nodes have the code, but not its history

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from benchmarks.statistics import MODES, Estimate, Result, estimate, iqm, normalised, read_results, scales
+from .statistics import MODES, Estimate, Result, estimate, iqm, normalised, read_results, scales
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a dash pattern for the most frequent
 STYLES: dict[str, tuple[str, str, str]] = {

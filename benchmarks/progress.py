@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.suites import Run
+from .suites import Run
 
 
 class Board(Progress):
@@ -33,7 +33,11 @@ class Board(Progress):
         """
         if run.folder not in self.bars:
             self.bars[run.folder] = self.add_task(str(run.folder), total=run.n_timesteps, note="")
-        self.update(self.bars[run.folder], completed=step, note=f"return {mean_return:.1f}  {steps_per_s:.0f} steps/s")
+        note = f"return {mean_return:.1f}  {steps_per_s:.0f} steps/s"
+        bar = self._tasks[self.bars[run.folder]]
+        if not self.console.is_terminal and 10 * step // run.n_timesteps > 10 * bar.completed // run.n_timesteps:
+            self.console.print(f"{run.folder}  {step}/{run.n_timesteps}  {note}", soft_wrap=True)
+        self.update(bar.id, completed=step, note=note)
 
     def end(self, run: Run) -> None:
         """

@@ -10,9 +10,9 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import figures
-from benchmarks.environments import N_OUTCOMES
-from benchmarks.statistics import (
+from . import figures
+from .environments import N_OUTCOMES
+from .statistics import (
     MODES,
     N_RESAMPLES,
     Estimate,

@@ -31,8 +31,8 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_qsm
-from benchmarks.algorithms import algorithm_class
-from benchmarks.suites import NOISE, Run, read_function, read_policy_kwargs
+from .algorithms import algorithm_class
+from .suites import NOISE, ROOT, Run, read_function, read_policy_kwargs
 from sb3_qsm.resume import ResumeCallback
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start states for every algorithm and every evaluation
@@ -172,9 +172,11 @@ class Recorder(BaseCallback):
 
 @functools.cache
 def git_revision() -> str:
-    """The commit of this checkout, with ``-dirty`` if a tracked file differs from it."""
+    """The commit of this checkout, with ``-dirty`` if a tracked file differs from it; the version where it is installed."""
+    if ROOT is None:
+        return sb3_qsm.__version__
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
 
 

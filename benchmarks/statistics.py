@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from benchmarks.algorithms import ALGORITHMS
+from .algorithms import ALGORITHMS
 
 MODES = ("deterministic", "sampled")
 N_RESAMPLES = 2000

@@ -1,5 +1,6 @@
 """From a suite file to a checked list of runs, so that nothing starts that cannot finish."""
 
+import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable
@@ -13,10 +14,12 @@ import torch.nn as nn
 import yaml
 from stable_baselines3.common.noise import ActionNoise, NormalActionNoise, OrnsteinUhlenbeckActionNoise
 
-import benchmarks.environments  # noqa: F401  (registers its environments)
-from benchmarks.algorithms import algorithm_class
+from . import environments  # noqa: F401  (registers its environments)
+from .algorithms import algorithm_class
 
 SUITES = Path(__file__).parent / "suites"
+# This checkout, None where the package is installed as sb3_qsm.benchmarks
+ROOT = Path(__file__).parent.parent if __package__ == "benchmarks" else None
 NUMBER_KEYS = ("n_timesteps", "eval_freq", "n_eval_episodes")
 SUITE_KEYS = (*NUMBER_KEYS, "seeds", "tasks", "algorithms")
 NOISE: dict[str, Callable[..., ActionNoise]] = {
@@ -55,7 +58,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where the result lies, relative to the folder of all runs."""
-        return Path(Path(self.suite).stem, self.task.replace("/", "-"), self.algorithm, f"seed{self.seed}")
+        return Path(Path(self.suite).stem, self.task.replace("/", "-").replace(":", "-"), self.algorithm, f"seed{self.seed}")
 
     @property
     def defaults(self) -> dict[str, str]:
@@ -66,7 +69,7 @@ class Run:
     def command(self, python: str = "python") -> list[str]:
         """The command that trains this run alone."""
         name = [self.suite, "--tasks", self.task, "--algos", self.algorithm, "--seeds", str(self.seed)]
-        return [python, "-m", "benchmarks", "train", *name, "--steps", str(self.n_timesteps)]
+        return [python, "-m", str(__package__), "train", *name, "--steps", str(self.n_timesteps)]
 
     def is_finished(self, out: Path) -> bool:
         """
@@ -163,12 +166,15 @@ def read_function(name: str, hyperparams: dict[str, Any]) -> Any:
 
 def register_environments(tasks: Iterable[str]) -> None:
     """
-    Gymnasium finds its own environments; dm_control's are registered by a package.
+    Gymnasium finds its own environments; dm_control's are registered by a package, others by the module before a colon.
 
     :param tasks: environment ids
     """
-    if any(task.startswith("dm_control/") for task in tasks):
-        import shimmy  # noqa: F401
+    for task in tasks:
+        if task.startswith("dm_control/"):
+            import shimmy  # noqa: F401
+        if ":" in task:
+            importlib.import_module(task.partition(":")[0])
 
 
 def read_suite(suite: str) -> list[Run]:
@@ -192,7 +198,7 @@ def read_suite(suite: str) -> list[Run]:
             raise ValueError(f"{key} in {file.name} must be a whole number of at least 1, got {value!r}")
         content[key] = int(value)  # rl-zoo writes !!float 1e6
     register_environments(content["tasks"])
-    check_known("task", content["tasks"], gym.registry)
+    check_known("task", [task.rpartition(":")[2] for task in content["tasks"]], gym.registry)
     runs = []
     for algorithm, entries in content["algorithms"].items():
         algorithm_class(algorithm)

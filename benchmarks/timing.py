@@ -22,8 +22,8 @@ import torch as th
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from benchmarks.runs import machine, versions
-from benchmarks.suites import check_known
+from .runs import machine, versions
+from .suites import check_known
 from sb3_qsm import QSM
 from sb3_qsm.export import export_onnx
 

@@ -1,30 +1,39 @@
 """
-rl-zoo with QSM: ``python -m sb3_qsm.zoo train --env HalfCheetah-v5``, then ``enjoy``, ``plot``, ...
-
-The zoo reads its table of algorithms as it starts, so QSM has to be in it before: that is what this launcher does.
+QSM in rl-zoo: its name, its search space for Optuna, and an experiment that :mod:`sb3_qsm.cli` runs.
 """
 
 import argparse
-import runpy
+import shutil
 import sys
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import optuna
+import rl_zoo3
+import shimmy  # noqa: F401  (registers dm_control's tasks)
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.hyperparams_opt import (
+    HYPERPARAMS_CONVERTER,
+    HYPERPARAMS_SAMPLER,
+    convert_offpolicy_params,
+    sample_sac_params,
+)
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_qsm import QSM, PublishedQSM
+from sb3_qsm.resume import ResumeCallback
 from sb3_qsm.schedules import SCHEDULES
 
-if TYPE_CHECKING:
-    import optuna
-
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {"qsm": QSM, "published_qsm": PublishedQSM}
-ZOO_SCRIPTS = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 POLICY_PARAMS = ("noise_schedule", "n_diffusion_steps")
 
 
-def sample_qsm_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+def sample_qsm_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
     """
     Sampler for QSM hyperparams: those of SAC, and the noise levels.
 
@@ -34,8 +43,6 @@ def sample_qsm_params(trial: "optuna.Trial", n_actions: int, n_envs: int, additi
     :param additional_args: what the zoo knows of the replay buffer
     :return: arguments of QSM
     """
-    from rl_zoo3.hyperparams_opt import sample_sac_params
-
     hyperparams: dict[str, Any] = sample_sac_params(trial, n_actions, n_envs, additional_args)
     hyperparams["policy_kwargs"]["noise_schedule"] = trial.suggest_categorical("noise_schedule", list(SCHEDULES))
     hyperparams["policy_kwargs"]["n_diffusion_steps"] = trial.suggest_int("n_diffusion_steps", 4, 20)
@@ -49,8 +56,6 @@ def convert_qsm_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     :param sampled_params: what ``sample_qsm_params`` drew, by name
     :return: arguments of QSM
     """
-    from rl_zoo3.hyperparams_opt import convert_offpolicy_params
-
     hyperparams: dict[str, Any] = convert_offpolicy_params(sampled_params)
     hyperparams["policy_kwargs"].update({name: hyperparams.pop(name) for name in POLICY_PARAMS})
     return hyperparams
@@ -58,102 +63,79 @@ def convert_qsm_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
 
 def register() -> None:
     """
-    Make QSM known to rl_zoo3, and dm_control's tasks to Gymnasium.
+    Make QSM known to rl_zoo3, in this process.
     """
-    import rl_zoo3
-    import rl_zoo3.hyperparams_opt
-    import shimmy  # noqa: F401
-
     rl_zoo3.ALGOS.update(ALGORITHMS)
     for name in ALGORITHMS:
-        rl_zoo3.hyperparams_opt.HYPERPARAMS_SAMPLER[name] = sample_qsm_params
-        rl_zoo3.hyperparams_opt.HYPERPARAMS_CONVERTER[name] = convert_qsm_params
+        HYPERPARAMS_SAMPLER[name] = sample_qsm_params
+        HYPERPARAMS_CONVERTER[name] = convert_qsm_params
 
 
-def zoo_arguments(script: str, arguments: list[str]) -> list[str]:
+class ProgressLines(BaseCallback):
     """
-    The command line for the zoo's script: QSM is the default algorithm, ``train`` finds the files shipped here, and
-    ``--checkpoints`` becomes the zoo's argument ``callback``.
-
-    :param script: one of ``ZOO_SCRIPTS``
-    :param arguments: the user's command line; ``-c qsm`` names a file shipped with this package
-    :return: the zoo's command line
-    :raises ValueError: for checkpoints of anything but a training
+    A line at each hundredth of a training, where a progress bar would fill a file with its redrawings.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--algo", default="qsm")
-    parser.add_argument("-c", "-conf", "--conf-file")
-    parser.add_argument("--checkpoints")
-    parser.add_argument("--checkpoint-freq", type=int, default=10_000)
-    parser.add_argument("-params", "--hyperparams", nargs="+", default=[])
-    known, rest = parser.parse_known_args(arguments)
-    conf_file = known.conf_file or (known.algo if known.algo in ALGORITHMS and script == "train" else None)
-    if conf_file is not None:
-        shipped = HYPERPARAMS / f"{conf_file}.yml"
-        rest += ["--conf-file", str(shipped if shipped.is_file() else conf_file)]
-    if known.checkpoints is not None:
-        if script != "train" or {"-optimize", "--optimize-hyperparameters"} & set(rest):
-            raise ValueError(f"--checkpoints={known.checkpoints!r} goes with training, got {' '.join([script, *arguments])}")
-        callback = dict(save_freq=known.checkpoint_freq, save_path=known.checkpoints, verbose=1)
-        known.hyperparams.append(f"callback:{ {'sb3_qsm.resume.ResumeCallback': callback} }")
-    return ["--algo", known.algo, *rest, *(["--hyperparams", *known.hyperparams] if known.hyperparams else [])]
+
+    share = 0
+
+    def _on_step(self) -> bool:
+        total = self.model._total_timesteps
+        share = 100 * self.num_timesteps // total
+        if share > self.share:
+            self.share = share
+            speed = (self.num_timesteps - self.model._num_timesteps_at_start) / (time.time_ns() - self.model.start_time) * 1e9
+            returns = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+            mean_return = f", return {np.mean(returns):.1f}" if returns else ""
+            print(f"{share} %: {self.num_timesteps} of {total} steps, {speed:.0f} steps/s{mean_return}")
+        return True
 
 
-def plot(arguments: list[str]) -> Path:
+class Experiment(ExperimentManager):
     """
-    Picture of the evaluations of a run.
+    The zoo's, with exact checkpoints, twenty evaluations by default, and dictionaries of dm_control made vectors.
 
-    :param arguments: command line: a folder, of which the newest run is taken (default: logs)
-    :return: path of the picture, in the folder of the run
-    :raises ValueError: for a folder without evaluations
+    :param args: command line; beside the zoo's own arguments ``checkpoint_freq``, and ``run``, the folder of a run to go on with
     """
-    import matplotlib
-    import numpy as np
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    def __init__(self, args: argparse.Namespace, *zoo_args: Any, **zoo_kwargs: Any) -> None:
+        super().__init__(args, *zoo_args, **zoo_kwargs)
+        if args.run is not None:
+            self.save_path = args.run
+            self.params_path = f"{args.run}/{self.env_name}"
 
-    parser = argparse.ArgumentParser(prog="python -m sb3_qsm.zoo plot", description="Learning curve of the newest run")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("logs"))
-    folder = parser.parse_args(arguments).folder
-    runs = sorted(folder.rglob("evaluations.npz"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        raise ValueError(f"folder={str(folder)!r} holds no evaluations.npz; choose one that `zoo train` has written")
-    evaluations = np.load(runs[-1])
-    mean, std = evaluations["results"].mean(axis=1), evaluations["results"].std(axis=1)
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    axes.fill_between(evaluations["timesteps"], mean - std, mean + std, alpha=0.2, linewidth=0)
-    axes.plot(evaluations["timesteps"], mean, marker=".")
-    axes.set(title=runs[-1].parent.name, xlabel="Environment steps", ylabel="Return (mean and std of the episodes)")
-    axes.grid(alpha=0.3)
-    picture: Path = runs[-1].parent / "learning_curve.png"
-    figure.savefig(picture, dpi=150)
-    plt.close(figure)
-    print(f"Learning curve: {picture}")
-    return picture
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        :return: hyperparameters to use, and the same to save
+        """
+        both = super().read_hyperparameters()
+        if self.env_name.gym_id.startswith("dm_control/") and both[0].get("policy") == "MlpPolicy":
+            for hyperparams in both:
+                hyperparams.setdefault("env_wrapper", "gymnasium.wrappers.FlattenObservation")
+        return both
 
+    def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
+        """
+        :return: model and hyperparameters, None for a search; an attempt that fails leaves no folder, which would be the newest
+        """
+        try:
+            return super().setup_experiment()
+        except Exception:
+            if self.args.run is None:
+                shutil.rmtree(self.save_path, ignore_errors=True)
+            raise
 
-def main(arguments: list[str]) -> None:
-    """
-    Run a script of the zoo, or ``plot``.
-
-    :param arguments: command line: the script's name, then its own arguments; ``--checkpoints FOLDER`` with ``train`` saves
-        there every ``--checkpoint-freq`` calls to ``env.step()`` (10 000), and the same command again goes on from there
-    :raises ValueError: for an unknown script
-    """
-    script, *rest = arguments or [""]
-    if script == "plot":
-        plot(rest)
-        return
-    if script not in ZOO_SCRIPTS:
-        raise ValueError(f"script={script!r} is unknown, choose one of {', '.join((*ZOO_SCRIPTS, 'plot'))}")
-    sys.argv = [f"rl_zoo3.{script}", *zoo_arguments(script, rest)]
-    try:
-        register()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('The zoo is not installed: pip install "sb3-qsm[zoo]"') from error
-    runpy.run_module(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    def create_callbacks(self) -> None:
+        """
+        The zoo's callbacks behind that of the checkpoints, which has to be the first.
+        """
+        if self.args.run is not None:  # the episodes so far stay in monitor.csv
+            self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
+        if self.eval_freq == 0:
+            self.eval_freq = max(self.n_timesteps // 20, 1)
+        if self.show_progress and not sys.stdout.isatty():
+            self.show_progress = False
+            self.callbacks.append(ProgressLines())
+        super().create_callbacks()
+        if self.args.checkpoint_freq > 0 and not self.optimize_hyperparameters:
+            save_freq = max(self.args.checkpoint_freq // self.n_envs, 1)
+            self.callbacks.insert(0, ResumeCallback(save_freq, Path(self.save_path, "checkpoints"), verbose=1))

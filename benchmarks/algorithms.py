@@ -4,8 +4,9 @@ from sb3_contrib import TQC, CrossQ
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from .baselines import DIPO, QVPO, DACERStyle, DiffusionQL
 from sb3_qsm import QSM, PublishedQSM
+
+from .baselines import DIPO, QVPO, DACERStyle, DiffusionQL
 
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "qsm": QSM,

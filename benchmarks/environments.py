@@ -163,6 +163,6 @@ def tenfold_reward(env: gym.Env) -> gym.Env:
 # Number of equally good ends of an episode
 N_OUTCOMES = {"FourActions-v0": 4, "MultiGoal-v0": 4, "CartPoleSwingUp-v0": 2}
 
-gym.register("FourActions-v0", Bandit, max_episode_steps=1)
-gym.register("MultiGoal-v0", MultiGoal, max_episode_steps=30)
-gym.register("CartPoleSwingUp-v0", CartPoleSwingUp, max_episode_steps=250)
+gym.register("FourActions-v0", f"{__name__}:Bandit", max_episode_steps=1)
+gym.register("MultiGoal-v0", f"{__name__}:MultiGoal", max_episode_steps=30)
+gym.register("CartPoleSwingUp-v0", f"{__name__}:CartPoleSwingUp", max_episode_steps=250)

@@ -31,9 +31,10 @@ from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_qsm
+from sb3_qsm.resume import ResumeCallback
+
 from .algorithms import algorithm_class
 from .suites import NOISE, ROOT, Run, read_function, read_policy_kwargs
-from sb3_qsm.resume import ResumeCallback
 
 EVALUATION_SEED = 1_000_000  # far from the training seeds; the same start states for every algorithm and every evaluation
 PACKAGES = ("stable_baselines3", "sb3_contrib", "torch", "gymnasium", "mujoco", "dm_control", "numpy")

@@ -22,10 +22,11 @@ import torch as th
 from stable_baselines3 import SAC, TD3
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from .runs import machine, versions
-from .suites import check_known
 from sb3_qsm import QSM
 from sb3_qsm.export import export_onnx
+
+from .runs import machine, versions
+from .suites import check_known
 
 Row = dict[str, Any]
 Work = Callable[[], Any]

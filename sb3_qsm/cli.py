@@ -126,7 +126,7 @@ def _find_model(parser: Parser, args: Any) -> tuple[Path, Path]:
     from rl_zoo3.utils import get_model_path
 
     name = EnvironmentName(getattr(args.env, "gym_id", args.env))
-    which = [getattr(args, it, None) for it in ("load_best", "load_checkpoint", "load_last_checkpoint")]
+    which: Any = [getattr(args, it, None) for it in ("load_best", "load_checkpoint", "load_last_checkpoint")]
     try:
         _, model, folder = get_model_path(args.exp_id, args.folder, args.algo, name, *which)
     except (AssertionError, ValueError) as error:
@@ -221,8 +221,8 @@ def record(arguments: list[str]) -> None:
     video = args.video or _find_model(parser, args)[1].with_name("video.mp4")
     fps = env.metadata.get("render_fps", 30)
     options: Any = {"duration": 1000 / fps, "loop": 0} if video.suffix == ".gif" else {"fps": fps, "macro_block_size": 2}
-    obs = env.reset()
-    with imageio.get_writer(video, **options) as writer:
+    obs, writer = env.reset(), imageio.get_writer(video, **options)
+    with writer:
         for _ in range(args.n_timesteps):
             writer.append_data(env.render())
             obs, *_ = env.step(model.predict(obs, deterministic=not args.stochastic)[0])
@@ -276,7 +276,7 @@ def plot(arguments: list[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """Train several algorithms on one task, and write a page with curves, intervals and cost. Again: goes on, or adds runs."""
-    own = dict(algos=["qsm", "sac", "td3"], steps=100_000, seeds=[0, 1, 2], folder=Path("logs", "compare"), jobs=1)
+    own: dict[str, Any] = dict(algos=["qsm", "sac", "td3"], steps=100_000, seeds=[0, 1, 2], folder=Path("logs", "compare"), jobs=1)
     parser = Parser(compare, "--env Hopper-v5 --algos qsm sac td3 --steps 1e5 --seeds 0 1 2 --jobs 2", **own)
     parser.add_argument("--env", dest="task", required=True, help="environment ID, or package.module:ID for one of your own")
     parser.add_argument("--algos", nargs="+", help="algorithms of the benchmark")

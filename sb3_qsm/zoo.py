@@ -94,7 +94,7 @@ class Experiment(ExperimentManager):
     """
     The zoo's, with exact checkpoints, twenty evaluations by default, and dictionaries of dm_control made vectors.
 
-    :param args: command line; beside the zoo's own arguments ``checkpoint_freq``, and ``run``, the folder of a run to go on with
+    :param args: command line: the zoo's, ``checkpoint_freq``, and ``run``, the folder of a run to go on with or None
     """
 
     def __init__(self, args: argparse.Namespace, *zoo_args: Any, **zoo_kwargs: Any) -> None:
@@ -115,7 +115,9 @@ class Experiment(ExperimentManager):
 
     def setup_experiment(self) -> tuple[BaseAlgorithm, dict[str, Any]] | None:
         """
-        :return: model and hyperparameters, None for a search; an attempt that fails leaves no folder, which would be the newest
+        An attempt that fails leaves no folder, which would be taken for the newest run.
+
+        :return: model and its hyperparameters, None for a search
         """
         try:
             return super().setup_experiment()
@@ -135,7 +137,7 @@ class Experiment(ExperimentManager):
         if self.show_progress and not sys.stdout.isatty():
             self.show_progress = False
             self.callbacks.append(ProgressLines())
-        super().create_callbacks()
+        super().create_callbacks()  # type: ignore[no-untyped-call]
         if self.args.checkpoint_freq > 0 and not self.optimize_hyperparameters:
             save_freq = max(self.args.checkpoint_freq // self.n_envs, 1)
             self.callbacks.insert(0, ResumeCallback(save_freq, Path(self.save_path, "checkpoints"), verbose=1))

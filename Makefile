@@ -8,8 +8,6 @@ CONSTRAINTS ?= constraints.txt
 
 ENV ?= InvertedDoublePendulum-v5
 STEPS ?= 15000
-N_STEPS = $(shell printf %.0f $(STEPS) || echo $(STEPS))# STEPS=1e6, too
-EVAL_FREQ ?= $(shell echo $$(( ($(N_STEPS) + 19) / 20 )))
 ARGS ?=
 
 SUITE ?= sb3
@@ -23,9 +21,8 @@ TESTS = $(VENV)/.$(EXTRAS)
 export PYTHONHASHSEED = 0
 
 train: $(VENV)/.zoo
-	$(BIN)/python -m sb3_qsm.zoo train --algo qsm --env $(ENV) -n $(N_STEPS) --eval-freq $(EVAL_FREQ) \
-		--tensorboard-log logs/tensorboard --progress $(ARGS)
-	$(BIN)/python -m sb3_qsm.zoo plot logs
+	$(BIN)/sb3-qsm train --env $(ENV) -n $(STEPS) --tensorboard-log logs/tensorboard --progress $(ARGS)
+	$(BIN)/sb3-qsm plot
 
 # make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray
 test pytest: $(TESTS)

@@ -276,7 +276,9 @@ def plot(arguments: list[str]) -> None:
 
 def compare(arguments: list[str]) -> None:
     """Train several algorithms on one task, and write a page with curves, intervals and cost. Again: goes on, or adds runs."""
-    own: dict[str, Any] = dict(algos=["qsm", "sac", "td3"], steps=100_000, seeds=[0, 1, 2], folder=Path("logs", "compare"), jobs=1)
+    own: dict[str, Any] = dict(
+        algos=["qsm", "sac", "td3"], steps=100_000, seeds=[0, 1, 2], folder=Path("logs", "compare"), jobs=1
+    )
     parser = Parser(compare, "--env Hopper-v5 --algos qsm sac td3 --steps 1e5 --seeds 0 1 2 --jobs 2", **own)
     parser.add_argument("--env", dest="task", required=True, help="environment ID, or package.module:ID for one of your own")
     parser.add_argument("--algos", nargs="+", help="algorithms of the benchmark")

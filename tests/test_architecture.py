@@ -23,7 +23,9 @@ ALLOWED = {
     "published": {"policies", "qsm", "samplers"},
     "export": {"policies", "qsm"},
     "__init__": {"policies", "published", "qsm"},
-    "zoo": {"", "schedules"},
+    "zoo": {"", "resume", "schedules"},
+    "cli": {"", "export", "zoo"},
+    "__main__": {"cli"},
     # Knows SB3, and nothing of QSM
     "resume/_storage": set(),
     "resume/_state": {"resume._storage"},

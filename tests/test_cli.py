@@ -171,20 +171,20 @@ def test_compare(launch):
     for package in ("jinja2", "filelock", "sb3_contrib"):
         pytest.importorskip(package)
     Path("mine.py").write_text(TASK)
-    command = ["compare", "--env", "mine:Mine-v0", "--steps", "40", "--seeds", "0", "--jobs", "2"]
-    status, printed, _ = launch(*command, "--algos", "qsm", "sac")
+    command = ["compare", "--env", "mine:Mine-v0", "--steps", "40", "--seeds", "0"]
+    status, printed, _ = launch(*command, "--algos", "qsm")
     folder = Path("logs/compare").resolve()
     page = folder / "mine-Mine-v0_40_steps.html"
     assert status == 0 and printed.endswith(f"Comparison: {page}\n")
     runs = sorted((folder / page.stem).glob("*/*/seed0/meta.json"))
-    assert [run.parts[-3] for run in runs] == ["qsm", "sac"]
+    assert [run.parts[-3] for run in runs] == ["qsm"]
     text = page.read_text()
     assert text.count("data:image/png;base64,") >= 3 and 'src="http' not in text  # curves over steps, over time
     for title in ("Final return, deterministic actions", "Cost", "steps/s"):
         assert title in text
     finished = [run.stat().st_mtime_ns for run in runs]
-    status, printed, _ = launch(*command, "--algos", "td3")
-    assert status == 0 and "3 runs" in page.read_text()
+    status, printed, _ = launch(*command, "--algos", "qsm", "sac")
+    assert status == 0 and "2 runs" in page.read_text()
     assert [run.stat().st_mtime_ns for run in runs] == finished
 
 

@@ -26,7 +26,7 @@ ALL = [*WITH_README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md
 # Blocks of Python that are shown, not run: each has a comment above it that says why
 NOT_RUN = ["model.actor.compile()"]
 # What a page needs beside the package
-EXTRAS = {"export.md": ["onnx", "onnxruntime", "onnxscript"], "zoo.md": ["rl_zoo3", "shimmy"]}
+EXTRAS = {"export.md": ["onnx", "onnxruntime", "onnxscript"]}
 STEPS = 150
 
 

@@ -166,7 +166,7 @@ def _add_run_options(parser: Parser) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """Train a policy; 20 evaluations on the way, unless --eval-freq says otherwise."""
+    """Train a policy, and evaluate it 20 times (--eval-freq 0) on the way."""
     own = dict(run=None, checkpoint_freq=-1, eval_freq=0)
     parser = Parser(train, "--env HalfCheetah-v5 --seed 1 -P", _find_hyperparameters, **own)
     parser.add_argument(
@@ -275,9 +275,9 @@ def plot(arguments: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    """Train several algorithms on one task, and write a page with curves, intervals and cost. Again: goes on, or adds runs."""
+    """Train several algorithms on one task, or go on with that, and write a page of curves, intervals and cost."""
     own: dict[str, Any] = dict(
-        algos=["qsm", "sac", "td3"], steps=100_000, seeds=[0, 1, 2], folder=Path("logs", "compare"), jobs=1
+        algos=["qsm", "sac", "td3"], steps=100_000, seeds=[0, 1, 2], folder=Path("logs/compare"), jobs=1
     )
     parser = Parser(compare, "--env Hopper-v5 --algos qsm sac td3 --steps 1e5 --seeds 0 1 2 --jobs 2", **own)
     parser.add_argument("--env", dest="task", required=True, help="environment ID, or package.module:ID for one of your own")

@@ -169,10 +169,11 @@ class DiffusionActor(BasePolicy):
         """
         networks: Any = self.average if average else self._networks()
         predict = networks["denoiser"].condition(self.extract_features(obs, networks["features_extractor"]))
+        coefficients = self.coefficients
 
         def denoise(u: th.Tensor, t: int) -> th.Tensor:
-            c_skip, c_out, c_in = self.coefficients[t]
-            return th.add(c_skip * u, predict(c_in * u, t), alpha=c_out)
+            c_skip, c_out, c_in = coefficients[t]
+            return (c_skip * u).add_(predict(c_in * u, t), alpha=c_out)
 
         return denoise
 
@@ -185,8 +186,9 @@ class DiffusionActor(BasePolicy):
         :param average: whether to use the running mean of the weights
         :return: scaled actions, shape (B, A)
         """
-        start = (1 + self.levels[-1] ** 2) ** 0.5 * noise[0]
-        return self.sampler(self.denoise_fn(obs, average), self.levels, start, noise[1:])
+        start, *steps = noise.unbind()
+        start = (1 + self.levels[-1] ** 2) ** 0.5 * start
+        return self.sampler(self.denoise_fn(obs, average), self.levels, start, steps)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -225,9 +227,9 @@ class DiffusionActor(BasePolicy):
                 copied.copy_(statistic)
         self.n_averaged += 1
 
-    @th.inference_mode()  # a tenth faster than no_grad, with which SB3 calls it, for a chain's many small tensors
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self(observation, deterministic)
+        with th.inference_mode():  # a tenth faster than no_grad, with which SB3 calls it, for a chain's many small tensors
+            return self(observation, deterministic)
 
     def train(self, mode: bool = True) -> "DiffusionActor":
         """

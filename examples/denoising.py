@@ -28,7 +28,7 @@ def trajectory(actor, n=400):
 
     start, *noise = th.randn(1 + len(actor.levels), n, actor.action_dim).unbind()
     with th.no_grad():
-        end = actor.sampler(recorded, actor.levels, (1 + actor.levels[-1] ** 2) ** 0.5 * start, noise)
+        end = actor.sampler(recorded, actor.levels, actor.start_std * start, noise)
     return th.stack([*seen, end]).numpy()
 
 

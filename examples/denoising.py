@@ -5,6 +5,8 @@ From noise to actions: the reverse chain of a trained policy as an animation ove
     python examples/denoising.py
 """
 
+from itertools import pairwise
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -37,7 +39,7 @@ def main(steps=2500, path="denoising.gif", frames_per_level=6):
     model.learn(steps, progress_bar=True)
     points = trajectory(model.actor)
     pauses = [points[0]] * 3, [points[-1]] * 12
-    between = [a + (b - a) * s for a, b in zip(points, points[1:], strict=False) for s in np.linspace(0, 1, frames_per_level)]
+    between = [a + (b - a) * s for a, b in pairwise(points) for s in np.linspace(0, 1, frames_per_level)]
     frames = [*pauses[0], *between, *pauses[1]]
 
     axis = np.linspace(-1, 1, 81)

@@ -322,7 +322,7 @@ class DACERStyle(Baseline):
         ratios = self.actor.levels
         shape = (2 + len(ratios), len(observations), get_action_dim(self.action_space))
         start, *noise, added = th.randn(shape, device=self.device)
-        chain = ddpm_sample(denoise, ratios, (1 + ratios[-1] ** 2) ** 0.5 * start, th.stack(noise))
+        chain = ddpm_sample(denoise, ratios, (1 + ratios[-1] ** 2) ** 0.5 * start, noise)
         return InwardClamp.apply(chain + self._noise_std() * added)  # type: ignore[no-untyped-call]
 
     def _entropy(self, observations: th.Tensor) -> th.Tensor:

@@ -121,6 +121,7 @@ class DiffusionActor(BasePolicy):
         self.preconditioning = lookup("preconditioning", preconditioning, PRECONDITIONINGS)
         # A batch looks its level up; a chain spends its time in dispatch, where python's floats are cheapest, but as factors
         self.levels: list[float] = self.ratios.tolist()
+        self.start_std = (1 + self.ratios[-1] ** 2).sqrt()
         c_skip, c_out, c_in = (th.as_tensor(c).expand_as(self.ratios) for c in self.preconditioning(self.ratios))
         self.coefficients = list(zip(c_skip.unbind(), c_out.tolist(), c_in.unbind(), strict=True))
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
@@ -169,10 +170,11 @@ class DiffusionActor(BasePolicy):
         """
         networks: Any = self.average if average else self._networks()
         predict = networks["denoiser"].condition(self.extract_features(obs, networks["features_extractor"]))
+        coefficients = self.coefficients
 
         def denoise(u: th.Tensor, t: int) -> th.Tensor:
-            c_skip, c_out, c_in = self.coefficients[t]
-            return th.add(c_skip * u, predict(c_in * u, t), alpha=c_out)
+            c_skip, c_out, c_in = coefficients[t]
+            return (c_skip * u).add_(predict(c_in * u, t), alpha=c_out)
 
         return denoise
 
@@ -185,8 +187,8 @@ class DiffusionActor(BasePolicy):
         :param average: whether to use the running mean of the weights
         :return: scaled actions, shape (B, A)
         """
-        start = (1 + self.levels[-1] ** 2) ** 0.5 * noise[0]
-        return self.sampler(self.denoise_fn(obs, average), self.levels, start, noise[1:])
+        start, *steps = noise.unbind()
+        return self.sampler(self.denoise_fn(obs, average), self.levels, self.start_std * start, steps)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -199,15 +201,16 @@ class DiffusionActor(BasePolicy):
         :return: scaled actions, shape (B, A)
         """
         some = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        shape = (1 + len(self.levels), len(some), self.action_dim)
-        draw = th.zeros if deterministic else th.randn
-        return self.sample(obs, draw(shape, device=some.device), average=deterministic and self.has_average())
+        noise = self.ratios.new_zeros(1 + len(self.levels), len(some), self.action_dim)
+        if deterministic:
+            return self.sample(obs, noise, average=self.has_average())
+        return self.sample(obs, noise.normal_())
 
     def has_average(self) -> bool:
         """
         :return: whether the weights have been averaged; until then those that were given or initialised answer
         """
-        return bool(self.n_averaged > 0)
+        return self.n_averaged.item() > 0
 
     @th.no_grad()
     def update_average(self, decay: float) -> None:
@@ -225,9 +228,9 @@ class DiffusionActor(BasePolicy):
                 copied.copy_(statistic)
         self.n_averaged += 1
 
-    @th.inference_mode()  # a tenth faster than no_grad, with which SB3 calls it, for a chain's many small tensors
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self(observation, deterministic)
+        with th.inference_mode():  # a tenth faster than no_grad, with which SB3 calls it, for a chain's many small tensors
+            return self(observation, deterministic)
 
     def train(self, mode: bool = True) -> "DiffusionActor":
         """
@@ -385,7 +388,7 @@ class DiffusionPolicy(BasePolicy):
 
         :param mode: if true, set to training mode, else set to evaluation mode
         """
-        if [self.training, self.actor.training, self.critic.training] != [mode] * 3:  # else a walk over all modules each time
+        if not (self.training == self.actor.training == self.critic.training == mode):  # else a walk over all modules
             self.actor.set_training_mode(mode)
             self.critic.set_training_mode(mode)
             self.training = mode

@@ -18,7 +18,7 @@ from sb3_qsm.samplers import DenoiseFn
 
 
 def running_clip_sample(
-    denoise_fn: DenoiseFn, ratios: Sequence[float], start: th.Tensor, noise: th.Tensor, clip_range: float = 1.0
+    denoise_fn: DenoiseFn, ratios: Sequence[float], start: th.Tensor, noise: Sequence[th.Tensor], clip_range: float = 1.0
 ) -> th.Tensor:
     """
     Ancestral sampling as in the QSM authors' code: the mean of Ho et al. (2020, arXiv:2006.11239, Eq. 11) with variance

@@ -195,23 +195,23 @@ class QSM(OffPolicyAlgorithm):
 
             critic_loss = self._critic_loss(replay_data)
             gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
-            metrics["critic_loss"].append(critic_loss)
+            values = {"critic_loss": critic_loss}
 
             if self._n_updates % self.policy_delay == 0:
                 actor_loss, entropy, q_grad = self._actor_loss(replay_data)
                 gradient_step(self.actor.optimizer, actor_loss, "actor_loss")
                 self.actor.update_average(self.ema_decay)
-                metrics["ent_coef"].append(self.temperature.value())
-                metrics["ent_coef_loss"].append(self.temperature.update(entropy))
-                for name, value in (("actor_loss", actor_loss), ("entropy", entropy), ("q_grad", q_grad)):
-                    metrics[name].append(value)
+                values |= {"actor_loss": actor_loss, "entropy": entropy, "q_grad": q_grad}
+                values |= {"ent_coef": self.temperature.value(), "ent_coef_loss": self.temperature.update(entropy)}
 
+            for name, value in values.items():
+                metrics[name].append(value.detach())
             self._n_updates += 1
             if self._n_updates % self.target_update_interval == 0:
                 polyak_update(self.critic, self.critic_target, self.tau)
 
-        for name, values in metrics.items():
-            self.logger.record_mean(f"train/{name}", finite(name, th.stack(values).mean()))
+        for name, of_updates in metrics.items():
+            self.logger.record_mean(f"train/{name}", finite(name, th.stack(of_updates).mean()))
         self.logger.record("train/reward_scale", self.reward_scale.value().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 import torch as th
 
 DenoiseFn = Callable[[th.Tensor, int], th.Tensor]
-Sampler = Callable[[DenoiseFn, Sequence[float], th.Tensor, th.Tensor], th.Tensor]
+Sampler = Callable[[DenoiseFn, Sequence[float], th.Tensor, Sequence[th.Tensor]], th.Tensor]
 
 
 def ddpm_sample(
-    denoise_fn: DenoiseFn, ratios: Sequence[float], start: th.Tensor, noise: th.Tensor, clip_range: float = 1.0
+    denoise_fn: DenoiseFn, ratios: Sequence[float], start: th.Tensor, noise: Sequence[th.Tensor], clip_range: float = 1.0
 ) -> th.Tensor:
     """
     Ancestral sampling (Ho et al., 2020, arXiv:2006.11239, Algorithm 2, with the posterior of Eq. 6-7).
@@ -28,20 +28,20 @@ def ddpm_sample(
     :param denoise_fn: guess of the clean action, (u of shape (B, A), level t) -> (B, A)
     :param ratios: noise-to-signal ratio of each level, rising, length T
     :param start: u at the last level, standard deviation sqrt(1 + r_T^2), shape (B, A)
-    :param noise: standard normal for each step, shape (T, B, A); zeros give the chain of posterior means
+    :param noise: standard normal for each step, T tensors of shape (B, A); zeros give the chain of posterior means
     :param clip_range: the guess is clipped to [-clip_range, clip_range]
     :return: actions, shape (B, A)
     """
-    u, noises = start, noise.unbind()
+    u = start
     for t in range(len(ratios) - 1, 0, -1):
         a_0 = denoise_fn(u, t).clamp(-clip_range, clip_range)
         kept = (ratios[t - 1] / ratios[t]) ** 2  # share of the noise's variance that is left
-        u = a_0.lerp(u, kept).add(noises[t], alpha=ratios[t - 1] * math.sqrt(1 - kept))
+        u = a_0.lerp(u, kept).add_(noise[t], alpha=ratios[t - 1] * math.sqrt(1 - kept))
     return denoise_fn(u, 0).clamp(-clip_range, clip_range)
 
 
 def ddim_sample(
-    denoise_fn: DenoiseFn, ratios: Sequence[float], start: th.Tensor, noise: th.Tensor, clip_range: float = 1.0
+    denoise_fn: DenoiseFn, ratios: Sequence[float], start: th.Tensor, noise: Sequence[th.Tensor], clip_range: float = 1.0
 ) -> th.Tensor:
     """
     Deterministic sampling (Song et al., 2021, arXiv:2010.02502, Eq. 12 with zero variance): all randomness is in ``start``.

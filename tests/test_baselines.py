@@ -218,7 +218,7 @@ def test_dacer_noise_grows_when_the_entropy_is_too_low_and_shrinks_when_too_high
 
 def test_dacer_target_follows_the_noise():
     model = bandit_model(DACERStyle, 20)
-    model.actor.sample = lambda obs, noise, average: th.zeros(len(obs), 2)
+    model.actor.sample = lambda obs, noise: th.zeros(len(obs), 2)
     for log_alpha in (0.0, np.log(3)):
         model.temperature.log_ent_coef.data.fill_(log_alpha)
         actions = model._next_actions(th.zeros(5000, 1))
@@ -243,7 +243,7 @@ def test_dacer_entropy_of_known_policies():
 
 def test_dacer_acts_with_noise_that_follows_its_temperature():
     model = bandit_model(DACERStyle, 20)
-    model.actor.sample = lambda obs, noise, average: th.zeros(len(obs), 2)
+    model.actor.sample = lambda obs, noise: th.zeros(len(obs), 2)
     spreads = []
     for log_alpha in (0.0, np.log(3)):
         model.temperature.log_ent_coef.data.fill_(log_alpha)

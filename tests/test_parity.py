@@ -69,7 +69,8 @@ def model(monkeypatch: pytest.MonkeyPatch) -> PublishedQSM:
     # Our chain reads its noise by level, the record holds it in the order of drawing, t = T - 1 first
     chain = th.cat([tensor("noise/x_T")[None], tensor("noise/chain").flip(0)])
     normals = iter([tensor("noise/target_action"), tensor("noise/forward")])
-    monkeypatch.setattr(th, "randn", lambda *args, **kwargs: chain)
+    sample = model.actor.sample
+    monkeypatch.setattr(model.actor, "sample", lambda obs, noise: sample(obs, chain))
     monkeypatch.setattr(th, "randn_like", lambda *args, **kwargs: next(normals))
     monkeypatch.setattr(th, "randint", lambda *args, **kwargs: tensor("noise/time").long())
     return model

@@ -46,7 +46,7 @@ def test_the_weights_that_learn_explore_and_their_mean_answers():
     model = build(learning_starts=0)
     model.actor.update_average(0.0)
     values = {False: 0.25, True: -0.5}
-    model.actor.sample = lambda obs, noise, average: th.full((len(obs), 1), values[average])
+    model.actor.sample = lambda obs, noise, average=False: th.full((len(obs), 1), values[average])
     model.learn(5)
     assert (model.replay_buffer.actions[:5] == 0.25).all()
     assert model.predict(np.zeros(3))[0] == pytest.approx(2 * 0.25)  # the pendulum's torque

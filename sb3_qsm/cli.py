@@ -19,7 +19,7 @@ import sb3_qsm
 Command = Callable[[list[str]], None]
 Check = Callable[["Parser", Any], None]
 # Whose errors are messages to the user, in one line; those of environments and of PyTorch keep their traceback
-SPEAKING = ("sb3_qsm", "benchmarks", "rl_zoo3", "stable_baselines3", "gymnasium", "importlib")
+SPEAKING = ("sb3_qsm", "benchmarks", "rl_zoo3", "stable_baselines3", "gymnasium")
 # Modules that only an extra brings
 EXTRAS = {
     "mujoco": ("mujoco", "imageio"),
@@ -306,7 +306,7 @@ COMMANDS: dict[str, Command] = {it.__name__: it for it in (train, enjoy, record,
 def _message(error: Exception) -> str | None:
     """What an error tells the user, with a remedy, or None if it was not raised to tell something."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    speaks = frame.f_globals["__name__"].partition(".")[0] in SPEAKING
+    speaks = str(frame.f_globals.get("__name__")).partition(".")[0] in SPEAKING
     if not isinstance(error, gym.error.Error | ModuleNotFoundError) and not (
         speaks and isinstance(error, ValueError | TypeError | AssertionError | OSError)
     ):

@@ -223,7 +223,7 @@ def draw(results: list[Result]) -> Iterator[tuple[str, Figure]]:
         yield f"Learning curves, {mode} actions. Band: 95 % interval.", figures.learning_curves(results, mode)
     yield "Wall-clock, evaluation not counted.", figures.learning_curves(results, MODES[0], "training_s")
     reference = reference_of(results)
-    if scales(results, reference):
+    if len({it.task for it in results}) > 1 and scales(results, reference):
         yield "All tasks together.", figures.sample_efficiency(results, reference)
         yield "Final return. Bar: 95 % interval.", figures.intervals(results, reference)
 

@@ -87,7 +87,7 @@ class Run:
             if content[key] != wanted[key]:
                 raise ValueError(
                     f"{meta.parent} was made with {key} {content[key]!r}, not {wanted[key]!r}: "
-                    "move it away or choose another --out"
+                    "move it away or choose another folder"
                 )
         return True
 

@@ -91,7 +91,7 @@ def test_finished_run_is_neither_redone_nor_overwritten(tmp_path):
     with pytest.raises(ValueError, match="was made with n_timesteps 250, not 300"):
         execute(replace(run, n_timesteps=300), tmp_path)
     meta.write_text(meta.read_text().replace('"tau": "0.005"', '"tau": "0.01"'))
-    with pytest.raises(ValueError, match=r"was made with defaults .*'tau': '0.01'.*: move it away or choose another --out"):
+    with pytest.raises(ValueError, match=r"was made with defaults .*'tau': '0.01'.*: move it away or choose another folder"):
         execute(run, tmp_path)
 
 

@@ -93,6 +93,7 @@ class LateFusionDenoiser(Denoiser):
         joined = sizes[:3][-1]
         self.encoder = nn.Sequential(*_mlp(sizes[:3], activation_fn))
         self.action_layer = nn.Linear(action_dim, joined)
+        nn.init.zeros_(self.action_layer.bias)  # the levels have one each
         self.levels = nn.Parameter(0.5 * th.randn(n_diffusion_steps, joined))
         self.head = nn.ModuleList([activation_fn(), *_mlp([joined, *sizes[3:], action_dim], activation_fn)])
 

@@ -19,7 +19,7 @@ class RewardScale(nn.Module):
     rms: th.Tensor
     n_batches: th.Tensor
 
-    def __init__(self, rate: float = 1e-3) -> None:
+    def __init__(self, rate: float = 1e-2) -> None:
         super().__init__()
         self.rate = rate
         self.register_buffer("rms", th.zeros(()))

@@ -180,7 +180,7 @@ class QSM(OffPolicyAlgorithm):
         self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
-        self.reward_scale = RewardScale(1e-3 if self.normalize_reward else 0.0).to(self.device)
+        self.reward_scale = RewardScale(1e-2 if self.normalize_reward else 0.0).to(self.device)
         self._score_target: ScoreTarget = lookup("score_target", self.score_target, SCORE_TARGETS)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
@@ -191,7 +191,8 @@ class QSM(OffPolicyAlgorithm):
 
         for _ in range(gradient_steps):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
-            self.reward_scale.update(rewards_per_step(replay_data, self.gamma))
+            if self._n_updates % 10 == 0:  # a number that moves slowly
+                self.reward_scale.update(rewards_per_step(replay_data, self.gamma))
 
             critic_loss = self._critic_loss(replay_data)
             gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
@@ -211,7 +212,7 @@ class QSM(OffPolicyAlgorithm):
                 polyak_update(self.critic, self.critic_target, self.tau)
 
         for name, of_updates in metrics.items():
-            self.logger.record_mean(f"train/{name}", finite(name, th.stack(of_updates).mean()))
+            self.logger.record_mean(f"train/{name}", sum(finite(name, value) for value in of_updates) / len(of_updates))
         self.logger.record("train/reward_scale", self.reward_scale.value().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 

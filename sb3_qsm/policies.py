@@ -244,6 +244,22 @@ class DiffusionActor(BasePolicy):
         return self
 
 
+class LayerNorm(nn.LayerNorm):
+    """
+    Layer normalisation with gain ``1 + weight``: all weights start at zero, so that a target network's slow copy of them is
+    told apart from the start (sb3-contrib's tests compare with a relative tolerance). Learns like the plain one.
+
+    :param size: number of units
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, input: th.Tensor) -> th.Tensor:
+        return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
+
+
 class NormalizedCritic(ContinuousCritic):
     """
     SB3's critics with layer normalisation before each activation.
@@ -255,7 +271,7 @@ class NormalizedCritic(ContinuousCritic):
     def __init__(self, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
-        norm: list[type[nn.Module]] = [nn.LayerNorm] if layer_norm else []
+        norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
             layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)

@@ -20,6 +20,7 @@ from sb3_qsm import QSM, CnnPolicy, MlpPolicy, MultiInputPolicy
 from sb3_qsm.buffers import NStepDictReplayBuffer, NStepReplayBuffer
 from sb3_qsm.losses import SCORE_TARGETS
 from sb3_qsm.networks import PRECONDITIONINGS, Denoiser, noise_preconditioning
+from sb3_qsm.policies import LayerNorm
 from sb3_qsm.samplers import SAMPLERS, ddim_sample
 from sb3_qsm.schedules import SCHEDULES, vp_ratios
 
@@ -231,7 +232,7 @@ def test_optimizers(policy_kwargs):
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_net_arch(net_arch, layer_norm):
     model = run(policy_kwargs=dict(net_arch=net_arch, layer_norm=layer_norm, activation_fn=nn.Tanh))
-    layers = [nn.Linear, nn.LayerNorm, nn.Tanh] if layer_norm else [nn.Linear, nn.Tanh]
+    layers = [nn.Linear, LayerNorm, nn.Tanh] if layer_norm else [nn.Linear, nn.Tanh]
     n_hidden = len(net_arch["qf"] if isinstance(net_arch, dict) else net_arch)
     assert [type(layer) for layer in model.critic.qf0] == layers * n_hidden + [nn.Linear]
 
@@ -239,7 +240,7 @@ def test_net_arch(net_arch, layer_norm):
 def test_critics_of_the_results():
     """Results note the constructor's defaults (see test_benchmarks.py); these are the policy's."""
     critics = QSM("MlpPolicy", "Pendulum-v1", device="cpu").critic.q_networks
-    layers = [nn.Linear, nn.LayerNorm, nn.Hardswish] * 2 + [nn.Linear]
+    layers = [nn.Linear, LayerNorm, nn.Hardswish] * 2 + [nn.Linear]
     assert [[type(layer) for layer in critic] for critic in critics] == [layers, layers]
     assert [layer.out_features for layer in critics[0] if isinstance(layer, nn.Linear)] == [256, 256, 1]
 

@@ -98,7 +98,7 @@ def test_killed_run_is_the_unbroken_run(algorithm, tmp_path):
 
 
 def check_kills_at_random(folder, kills, seed, longest, *arguments):
-    """Kill at random moments, many of them while a checkpoint is written, until the run gets to its end."""
+    """Kill at random moments, many of them while a checkpoint is written."""
     moments = random.Random(seed)
     unbroken = run(folder / "unbroken", *arguments)
     unbroken.join()
@@ -109,9 +109,7 @@ def check_kills_at_random(folder, kills, seed, longest, *arguments):
         while process.is_alive() and not (started := list(killed.glob("started_*"))):
             time.sleep(0.005)
         process.join(moments.uniform(0, longest))
-        if not process.is_alive():  # on a fast machine
-            assert process.exitcode == 0
-            break
+        assert process.is_alive(), f"the run ended (status {process.exitcode}) after {len(went_on)} kills: give it more steps"
         process.kill()
         process.join()
         went_on.append(started[0].name)
@@ -122,6 +120,7 @@ def check_kills_at_random(folder, kills, seed, longest, *arguments):
 
 
 def test_kills_at_random(tmp_path):
+    # Long enough that a fast machine has not ended it before the last kill
     check_kills_at_random(tmp_path, 3, 0, 0.25, "QSM", "InvertedPendulum-v5", 700, 2, True, 10)
 
 
@@ -132,8 +131,8 @@ def test_kills_at_random(tmp_path):
         ("QSM", "InvertedPendulum-v5", 2000, 1, False, 20),
         ("QSM", "HalfCheetah-v5", 2000, 1, True, 20),
         ("QSM", "Ant-v5", 4000, 4, True, 20),
-        ("SAC", "Humanoid-v5", 2000, 2, False, 20),
-        ("TQC", "Hopper-v5", 2000, 2, True, 20),
+        ("SAC", "Humanoid-v5", 4000, 2, False, 20),
+        ("TQC", "Hopper-v5", 4000, 2, True, 20),
     ],
     ids=lambda case: f"{case[0]} {case[1]}",
 )

@@ -8,6 +8,8 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common import buffers
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
 
 
 class NStepReplayBuffer(buffers.NStepReplayBuffer):
@@ -25,6 +27,14 @@ class NStepReplayBuffer(buffers.NStepReplayBuffer):
             broken = self._differs(self.next_observations[newest], obs)
             self.timeouts[newest] = np.maximum(self.timeouts[newest], broken * (1 - self.dones[newest]))
         super().add(obs, next_obs, action, reward, done, infos)
+
+    def sample_transitions(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        :param batch_size: number of transitions
+        :param env: environment that normalises observations and rewards
+        :return: single steps, with their own rewards
+        """
+        return ReplayBuffer._get_samples(self, np.random.randint(self.size(), size=batch_size), env)
 
     def _differs(self, stored: Any, obs: Any) -> np.ndarray:
         """

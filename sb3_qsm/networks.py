@@ -91,11 +91,11 @@ class LateFusionDenoiser(Denoiser):
         super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
         sizes = [features_dim, *net_arch]
         joined = sizes[:3][-1]
-        self.encoder = nn.Sequential(*_mlp(sizes[:3], activation_fn))
+        self.encoder = nn.Sequential(*mlp(sizes[:3], activation_fn))
         self.action_layer = nn.Linear(action_dim, joined)
         nn.init.zeros_(self.action_layer.bias)  # the levels have one each
         self.levels = nn.Parameter(0.5 * th.randn(n_diffusion_steps, joined))
-        self.head = nn.ModuleList([activation_fn(), *_mlp([joined, *sizes[3:], action_dim], activation_fn)])
+        self.head = nn.ModuleList([activation_fn(), *mlp([joined, *sizes[3:], action_dim], activation_fn)])
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
         hidden = self.action_layer(noisy_actions) + (self.encoder(features) + self.levels[t])
@@ -143,16 +143,16 @@ class MLPDenoiser(Denoiser):
     ) -> None:
         super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
         self.register_buffer("levels", th.arange(n_diffusion_steps, dtype=th.float32), persistent=False)
-        self.time_net = nn.Sequential(FourierFeatures(time_dim), *_mlp([time_dim, *time_net_arch], activation_fn))
+        self.time_net = nn.Sequential(FourierFeatures(time_dim), *mlp([time_dim, *time_net_arch], activation_fn))
         inputs = action_dim + features_dim + time_net_arch[-1]
-        self.layers = nn.Sequential(*_mlp([inputs, *net_arch, action_dim], activation_fn))
+        self.layers = nn.Sequential(*mlp([inputs, *net_arch, action_dim], activation_fn))
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
         time_features = self.time_net(self.levels)[t].expand(features.shape[0], -1)
         return self.layers(th.cat([noisy_actions, features, time_features], dim=1))
 
 
-def _mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
+def mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
     """Linear layers from sizes[0] to sizes[-1] with activations in between."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):

@@ -24,6 +24,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_qsm.networks import DENOISERS, PRECONDITIONINGS, Denoiser
+from sb3_qsm.representation import Representation
 from sb3_qsm.samplers import SAMPLERS, DenoiseFn, Sampler
 from sb3_qsm.schedules import SCHEDULES
 from sb3_qsm.schedules import Schedule as NoiseSchedule
@@ -59,6 +60,7 @@ class DiffusionActor(BasePolicy):
     :param features_extractor: Network to extract features
     :param features_dim: Number of features
     :param normalize_images: Whether to divide images by 255.0
+    :param representation: what the denoiser sees of an observation beside the features, if anything
     :param n_diffusion_steps: Number of denoising steps T
     :param noise_schedule: Noise levels: "geometric", "cosine", "vp", or a function from T to ratios of shape (T,)
     :param sampler: Reverse chain: "ddpm", "ddim", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
@@ -82,6 +84,7 @@ class DiffusionActor(BasePolicy):
         features_extractor: BaseFeaturesExtractor,
         features_dim: int,
         normalize_images: bool = True,
+        representation: Representation | None = None,
         n_diffusion_steps: int = 6,
         noise_schedule: str | NoiseSchedule = "geometric",
         sampler: str | Sampler = "ddpm",
@@ -124,10 +127,10 @@ class DiffusionActor(BasePolicy):
         self.start_std = (1 + self.ratios[-1] ** 2).sqrt()
         c_skip, c_out, c_in = (th.as_tensor(c).expand_as(self.ratios) for c in self.preconditioning(self.ratios))
         self.coefficients = list(zip(c_skip.unbind(), c_out.tolist(), c_in.unbind(), strict=True))
+        self.representation = representation
+        inputs = features_dim + (representation.embedding_dim if representation else 0)
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
-        self.denoiser: Denoiser = network(
-            features_dim, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {})
-        )
+        self.denoiser: Denoiser = network(inputs, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
         self.average = copy.deepcopy(nn.ModuleDict(self._networks())).requires_grad_(False).eval()
         self.register_buffer("n_averaged", th.zeros(()))
 
@@ -143,9 +146,19 @@ class DiffusionActor(BasePolicy):
             net_arch=self.net_arch,
             features_dim=self.features_dim,
             features_extractor=self.features_extractor,
+            representation=self.representation,
             **self.diffusion_kwargs,
         )
         return data
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        """
+        :param obs: observations
+        :param features_extractor: the one that learns, or its running mean
+        :return: features, and what the representation adds, shape (B, F)
+        """
+        features = super().extract_features(obs, features_extractor)
+        return features if self.representation is None else self.representation(obs, features)
 
     def denoise(self, obs: PyTorchObs, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """
@@ -234,13 +247,15 @@ class DiffusionActor(BasePolicy):
 
     def train(self, mode: bool = True) -> "DiffusionActor":
         """
-        Put the networks that learn in either training or evaluation mode; their mean always stays in evaluation mode.
+        Put the networks that learn in either training or evaluation mode; slow copies always stay in evaluation mode.
 
         :param mode: if true, set to training mode, else set to evaluation mode
         :return: the actor
         """
         super().train(mode)
         self.average.eval()
+        if self.representation is not None:
+            self.representation.eval()
         return self
 
 
@@ -260,23 +275,41 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
-class NormalizedCritic(ContinuousCritic):
+class Critic(ContinuousCritic):
     """
-    SB3's critics with layer normalisation before each activation.
+    SB3's critics, with the representation of state and action beside features and action.
 
-    :param layer_norm: whether each hidden layer is normalised
+    :param representation: slow representation, if any; it is the actor's, and no part of the critics
+    :param layer_norm: whether each hidden layer is normalised before its activation
     :param kwargs: arguments of :class:`~stable_baselines3.common.policies.ContinuousCritic`, all by keyword
     """
 
-    def __init__(self, layer_norm: bool, **kwargs: Any) -> None:
+    def __init__(self, representation: Representation | None, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.shared = (representation,)  # in a tuple, a module is not registered
         input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
+        input_dim += 2 * representation.embedding_dim if representation else 0
         norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
             layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
+
+    def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param obs: observations
+        :param actions: scaled actions, shape (B, A)
+        :return: value by each critic, shape (B, 1)
+        """
+        (representation,) = self.shared
+        if representation is None:
+            return super().forward(obs, actions)
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = representation(obs, self.extract_features(obs, self.features_extractor))
+        pairs = representation.pair(features[:, -representation.embedding_dim :], actions)
+        inputs = th.cat([features, actions, pairs], dim=1)
+        return tuple(q_network(inputs) for q_network in self.q_networks)
 
 
 class DiffusionPolicy(BasePolicy):
@@ -297,13 +330,15 @@ class DiffusionPolicy(BasePolicy):
     :param n_critics: Number of critic networks to create.
     :param share_features_extractor: Whether to share the features extractor between the actor and the critic
     :param layer_norm: Whether the critics normalise each hidden layer
+    :param embedding_dim: Units of the embeddings that critics and denoiser see beside the features, see
+        :class:`~sb3_qsm.representation.Representation`; None for none
     :param diffusion_kwargs: ``n_diffusion_steps``, ``noise_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
         ``denoiser_kwargs``: see :class:`DiffusionActor`
     """
 
     actor: DiffusionActor
-    critic: NormalizedCritic
-    critic_target: NormalizedCritic
+    critic: Critic
+    critic_target: Critic
 
     def __init__(
         self,
@@ -319,7 +354,8 @@ class DiffusionPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
-        layer_norm: bool = True,
+        layer_norm: bool = False,
+        embedding_dim: int | None = 128,
         **diffusion_kwargs: Any,
     ) -> None:
         if optimizer_kwargs is None and optimizer_class is th.optim.Adam:
@@ -336,14 +372,17 @@ class DiffusionPolicy(BasePolicy):
         )
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
-        self.net_arch = [256, 256] if net_arch is None else net_arch
+        if embedding_dim is not None and embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be None or at least 1, got {embedding_dim!r}")
+        self.net_arch = dict(pi=[256, 256], qf=[128, 128]) if net_arch is None else net_arch
+        self.embedding_dim = embedding_dim
         self.share_features_extractor = share_features_extractor
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        net_args = dict(observation_space=observation_space, action_space=action_space, normalize_images=normalize_images)
+        self.net_args = dict(observation_space=observation_space, action_space=action_space, normalize_images=normalize_images)
         self.diffusion_kwargs = diffusion_kwargs
-        self.actor_kwargs = dict(net_args, net_arch=actor_arch, **diffusion_kwargs)
+        self.actor_kwargs = dict(self.net_args, net_arch=actor_arch, **diffusion_kwargs)
         self.critic_kwargs = dict(
-            net_args,
+            self.net_args,
             net_arch=critic_arch,
             activation_fn=activation_fn,
             n_critics=n_critics,
@@ -353,6 +392,7 @@ class DiffusionPolicy(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
+        self.representation = self.make_representation()
         self.actor = self.make_actor()
         self.critic = self.make_critic(self.actor.features_extractor if self.share_features_extractor else None)
         self.critic_target = self.make_critic()
@@ -366,7 +406,10 @@ class DiffusionPolicy(BasePolicy):
             if not (self.share_features_extractor and "features_extractor" in name)
         ]
         actor_parameters = [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
-        for network, parameters in ((self.actor, actor_parameters), (self.critic, critic_parameters)):
+        learning: list[tuple[Any, Any]] = [(self.actor, actor_parameters), (self.critic, critic_parameters)]
+        if self.representation is not None:
+            learning.append((self.representation, self.representation.parameters()))
+        for network, parameters in learning:
             network.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -377,6 +420,7 @@ class DiffusionPolicy(BasePolicy):
             n_critics=self.critic_kwargs["n_critics"],
             share_features_extractor=self.share_features_extractor,
             layer_norm=self.critic_kwargs["layer_norm"],
+            embedding_dim=self.embedding_dim,
             lr_schedule=self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
             optimizer_class=self.optimizer_class,
             optimizer_kwargs=self.optimizer_kwargs,
@@ -386,11 +430,20 @@ class DiffusionPolicy(BasePolicy):
         )
         return data
 
-    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
-        return DiffusionActor(**self._update_features_extractor(self.actor_kwargs, features_extractor)).to(self.device)
+    def make_representation(self) -> Representation | None:
+        if self.embedding_dim is None:
+            return None
+        kwargs = dict(self.net_args, embedding_dim=self.embedding_dim)
+        return Representation(**self._update_features_extractor(kwargs)).to(self.device)
 
-    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> NormalizedCritic:
-        return NormalizedCritic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+    def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
+        slow = None if self.representation is None else copy.deepcopy(self.representation).requires_grad_(False)
+        kwargs = dict(self.actor_kwargs, representation=slow)
+        return DiffusionActor(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
+
+    def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
+        kwargs = dict(self.critic_kwargs, representation=self.actor.representation)
+        return Critic(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self.actor(obs, deterministic)
@@ -407,6 +460,8 @@ class DiffusionPolicy(BasePolicy):
         if not (self.training == self.actor.training == self.critic.training == mode):  # else a walk over all modules
             self.actor.set_training_mode(mode)
             self.critic.set_training_mode(mode)
+            if self.representation is not None:
+                self.representation.set_training_mode(mode)
             self.training = mode
 
 

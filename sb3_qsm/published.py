@@ -52,7 +52,7 @@ PUBLISHED: dict[str, Any] = dict(
 )
 PUBLISHED_POLICY: dict[str, Any] = dict(
     net_arch=[512, 512],
-    layer_norm=False,
+    embedding_dim=None,
     activation_fn=nn.ReLU,
     n_diffusion_steps=5,
     noise_schedule="vp",

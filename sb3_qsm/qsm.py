@@ -24,13 +24,14 @@ from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, box_entropy, score_matchi
 from sb3_qsm.normalization import RewardScale
 from sb3_qsm.policies import (
     CnnPolicy,
+    Critic,
     DiffusionActor,
     DiffusionPolicy,
     MlpPolicy,
     MultiInputPolicy,
-    NormalizedCritic,
     lookup,
 )
+from sb3_qsm.representation import Representation, representation_loss
 from sb3_qsm.temperature import Temperature, make_temperature
 
 SelfQSM = TypeVar("SelfQSM", bound="QSM")
@@ -89,8 +90,9 @@ class QSM(OffPolicyAlgorithm):
     }
     policy: DiffusionPolicy
     actor: DiffusionActor
-    critic: NormalizedCritic
-    critic_target: NormalizedCritic
+    critic: Critic
+    critic_target: Critic
+    representation: Representation | None
     temperature: Temperature
     reward_scale: RewardScale
     replay_buffer: ReplayBuffer
@@ -99,7 +101,7 @@ class QSM(OffPolicyAlgorithm):
         self,
         policy: str | type[DiffusionPolicy],
         env: GymEnv | str,
-        learning_rate: float | Schedule = 6e-4,
+        learning_rate: float | Schedule = 3e-4,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
@@ -179,13 +181,15 @@ class QSM(OffPolicyAlgorithm):
         # What the user gave, so that save() and load() do not take the choice for the user's
         self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
+        self.representation = self.policy.representation
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
         self.reward_scale = RewardScale(1e-2 if self.normalize_reward else 0.0).to(self.device)
         self._score_target: ScoreTarget = lookup("score_target", self.score_target, SCORE_TARGETS)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         self.policy.set_training_mode(True)
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        learning = [self.actor, self.critic] if self.representation is None else [self.actor, self.critic, self.representation]
+        self._update_learning_rate([network.optimizer for network in learning])
         follow_gamma(self)
         metrics: dict[str, list[th.Tensor]] = defaultdict(list)
 
@@ -193,10 +197,14 @@ class QSM(OffPolicyAlgorithm):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             if self._n_updates % 10 == 0:  # a number that moves slowly
                 self.reward_scale.update(rewards_per_step(replay_data, self.gamma))
+            values = {}
+
+            if self.representation is not None:
+                values["representation_loss"] = self._update_representation(self.representation, batch_size)
 
             critic_loss = self._critic_loss(replay_data)
             gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
-            values = {"critic_loss": critic_loss}
+            values["critic_loss"] = critic_loss
 
             if self._n_updates % self.policy_delay == 0:
                 actor_loss, entropy, q_grad = self._actor_loss(replay_data)
@@ -215,6 +223,25 @@ class QSM(OffPolicyAlgorithm):
             self.logger.record_mean(f"train/{name}", sum(finite(name, value) for value in of_updates) / len(of_updates))
         self.logger.record("train/reward_scale", self.reward_scale.value().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _update_representation(self, representation: Representation, batch_size: int) -> th.Tensor:
+        """
+        One step of the representation, followed by its slow copy, through which actor and critics look.
+
+        :param representation: representation that learns
+        :param batch_size: number of transitions; of single steps, where the replay buffer has such beside longer returns
+        :return: loss, shape ()
+        """
+        sample = getattr(self.replay_buffer, "sample_transitions", self.replay_buffer.sample)
+        transitions: ReplayBufferSamples = sample(batch_size, env=self._vec_normalize_env)
+        if self._n_updates % 10 == 0:
+            representation.update_norm(transitions.observations)
+        slow = self.actor.representation
+        assert slow is not None
+        loss = representation_loss(representation, slow, transitions, self.reward_scale.value())
+        gradient_step(representation.optimizer, loss, "representation_loss")
+        polyak_update(representation, slow, self.tau)
+        return loss
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
@@ -289,10 +316,12 @@ class QSM(OffPolicyAlgorithm):
         follow_gamma(self)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "_score_target"]
+        return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "representation", "_score_target"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        return ["policy", "actor.optimizer", "critic.optimizer", "temperature", "reward_scale"], []
+        optimizers = ["actor.optimizer", "critic.optimizer"]
+        optimizers += ["representation.optimizer"] if self.representation is not None else []
+        return ["policy", *optimizers, "temperature", "reward_scale"], []
 
 
 def check_arguments(model: QSM) -> None:

@@ -275,6 +275,12 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
+def balance(layer: nn.Linear, sizes: list[int]) -> None:
+    with th.no_grad():
+        for block in layer.weight.split(sizes, dim=1):
+            nn.init.uniform_(block, -block.shape[1]**-.5, block.shape[1]**-.5)
+
+
 class Critic(ContinuousCritic):
     """
     SB3's critics, with the representation of state and action beside features and action.
@@ -295,6 +301,8 @@ class Critic(ContinuousCritic):
             layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
+            if representation:
+                balance(layers[0], [kwargs["features_dim"], representation.embedding_dim, get_action_dim(self.action_space), representation.embedding_dim])
 
     def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -354,7 +362,7 @@ class DiffusionPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
-        layer_norm: bool = False,
+        layer_norm: bool = True,
         embedding_dim: int | None = 128,
         **diffusion_kwargs: Any,
     ) -> None:

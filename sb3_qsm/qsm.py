@@ -197,14 +197,10 @@ class QSM(OffPolicyAlgorithm):
             replay_data = self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
             if self._n_updates % 10 == 0:  # a number that moves slowly
                 self.reward_scale.update(rewards_per_step(replay_data, self.gamma))
-            values = {}
-
-            if self.representation is not None:
-                values["representation_loss"] = self._update_representation(self.representation, batch_size)
 
             critic_loss = self._critic_loss(replay_data)
             gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
-            values["critic_loss"] = critic_loss
+            values = {"critic_loss": critic_loss}
 
             if self._n_updates % self.policy_delay == 0:
                 actor_loss, entropy, q_grad = self._actor_loss(replay_data)
@@ -212,6 +208,9 @@ class QSM(OffPolicyAlgorithm):
                 self.actor.update_average(self.ema_decay)
                 values |= {"actor_loss": actor_loss, "entropy": entropy, "q_grad": q_grad}
                 values |= {"ent_coef": self.temperature.value(), "ent_coef_loss": self.temperature.update(entropy)}
+
+            if self.representation is not None:
+                values["representation_loss"] = self._update_representation(self.representation, batch_size)
 
             for name, value in values.items():
                 metrics[name].append(value.detach())
@@ -234,12 +233,12 @@ class QSM(OffPolicyAlgorithm):
         """
         sample = getattr(self.replay_buffer, "sample_transitions", self.replay_buffer.sample)
         transitions: ReplayBufferSamples = sample(batch_size, env=self._vec_normalize_env)
-        if self._n_updates % 10 == 0:
-            representation.update_norm(transitions.observations)
         slow = self.actor.representation
         assert slow is not None
         loss = representation_loss(representation, slow, transitions, self.reward_scale.value())
         gradient_step(representation.optimizer, loss, "representation_loss")
+        if self._n_updates % 10 == 0:  # numbers that move slowly
+            representation.update_norm(transitions.observations)
         polyak_update(representation, slow, self.tau)
         return loss
 

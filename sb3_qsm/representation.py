@@ -58,10 +58,9 @@ class RunningNorm(nn.Module):
         """
         self.n_batches += 1
         share = (1 / (1 + self.n_batches)).clamp(min=self.rate)
-        mean, variance = x.mean(dim=0), x.var(dim=0, correction=0) + (1 - share) * (x.mean(dim=0) - self.mean) ** 2
-        share = share * variance.isfinite()  # broken observations stop the run at the loss
-        self.variance.copy_(th.where(share > 0, self.variance.lerp(variance, share), self.variance))
-        self.mean.copy_(th.where(share > 0, self.mean.lerp(mean, share), self.mean))
+        mean, variance = x.mean(dim=0), x.var(dim=0, correction=0)
+        self.variance.lerp_(variance + (1 - share) * (mean - self.mean) ** 2, share)
+        self.mean.lerp_(mean, share)
 
 
 class Representation(BaseModel):

@@ -60,7 +60,7 @@ class DiffusionActor(BasePolicy):
     :param features_extractor: Network to extract features
     :param features_dim: Number of features
     :param normalize_images: Whether to divide images by 255.0
-    :param representation: what the denoiser sees of an observation beside the features, if anything
+    :param representation: the one that learns, if any; the denoiser looks through its slow copy
     :param n_diffusion_steps: Number of denoising steps T
     :param noise_schedule: Noise levels: "geometric", "cosine", "vp", or a function from T to ratios of shape (T,)
     :param sampler: Reverse chain: "ddpm", "ddim", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
@@ -128,15 +128,16 @@ class DiffusionActor(BasePolicy):
         c_skip, c_out, c_in = (th.as_tensor(c).expand_as(self.ratios) for c in self.preconditioning(self.ratios))
         self.coefficients = list(zip(c_skip.unbind(), c_out.tolist(), c_in.unbind(), strict=True))
         self.representation = representation
+        self.slow_representation = representation and copy.deepcopy(representation).requires_grad_(False).eval()
         inputs = features_dim + (representation.embedding_dim if representation else 0)
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
         self.denoiser: Denoiser = network(inputs, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
-        self.average = copy.deepcopy(nn.ModuleDict(self._networks())).requires_grad_(False).eval()
+        self.average = copy.deepcopy(nn.ModuleDict(self.networks())).requires_grad_(False).eval()
         self.register_buffer("n_averaged", th.zeros(()))
 
-    def _networks(self) -> dict[str, Any]:
+    def networks(self) -> dict[str, Any]:
         """
-        :return: what learns
+        :return: what learns from the actor's loss, by name
         """
         return {"features_extractor": self.features_extractor, "denoiser": self.denoiser}
 
@@ -158,7 +159,7 @@ class DiffusionActor(BasePolicy):
         :return: features, and what the representation adds, shape (B, F)
         """
         features = super().extract_features(obs, features_extractor)
-        return features if self.representation is None else self.representation(obs, features)
+        return features if self.slow_representation is None else self.slow_representation(obs, features)
 
     def denoise(self, obs: PyTorchObs, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """
@@ -181,7 +182,7 @@ class DiffusionActor(BasePolicy):
         :param average: whether to use the running mean of the weights
         :return: (u of shape (B, A), level t) -> clean actions of shape (B, A)
         """
-        networks: Any = self.average if average else self._networks()
+        networks: Any = self.average if average else self.networks()
         predict = networks["denoiser"].condition(self.extract_features(obs, networks["features_extractor"]))
         coefficients = self.coefficients
 
@@ -234,7 +235,7 @@ class DiffusionActor(BasePolicy):
         :param decay: share of the mean that stays, in the long run
         """
         share = (9 / (10 + self.n_averaged)).clamp(min=1 - decay)
-        for name, network in self._networks().items():
+        for name, network in self.networks().items():
             for mean, weight in zip(self.average[name].parameters(), network.parameters(), strict=True):
                 mean.lerp_(weight, share)
             for copied, statistic in zip(self.average[name].buffers(), network.buffers(), strict=True):
@@ -254,8 +255,8 @@ class DiffusionActor(BasePolicy):
         """
         super().train(mode)
         self.average.eval()
-        if self.representation is not None:
-            self.representation.eval()
+        if self.slow_representation is not None:
+            self.slow_representation.eval()
         return self
 
 
@@ -275,15 +276,9 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(input, self.normalized_shape, 1 + self.weight, self.bias, self.eps)
 
 
-def balance(layer: nn.Linear, sizes: list[int]) -> None:
-    with th.no_grad():
-        for block in layer.weight.split(sizes, dim=1):
-            nn.init.uniform_(block, -block.shape[1]**-.5, block.shape[1]**-.5)
-
-
 class Critic(ContinuousCritic):
     """
-    SB3's critics, with the representation of state and action beside features and action.
+    SB3's critics, which see the representation of state and action beside features and action.
 
     :param representation: slow representation, if any; it is the actor's, and no part of the critics
     :param layer_norm: whether each hidden layer is normalised before its activation
@@ -293,16 +288,35 @@ class Critic(ContinuousCritic):
     def __init__(self, representation: Representation | None, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.shared = (representation,)  # in a tuple, a module is not registered
-        input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
-        input_dim += 2 * representation.embedding_dim if representation else 0
+        blocks = [kwargs["features_dim"], get_action_dim(self.action_space)]
+        if representation is not None:
+            blocks[1:1] = [representation.embedding_dim]
+            blocks.append(representation.embedding_dim)
         norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
-            layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
+            layers = create_mlp(sum(blocks), 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
+            if representation is not None:
+                weight, _ = layers[0].parameters()
+                for weights in weight.detach().split(blocks, dim=1):  # a few actions are to be heard beside embeddings
+                    nn.init.uniform_(weights, -(weights.shape[1] ** -0.5), weights.shape[1] ** -0.5)
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
-            if representation:
-                balance(layers[0], [kwargs["features_dim"], representation.embedding_dim, get_action_dim(self.action_space), representation.embedding_dim])
+
+    def _inputs(self, obs: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param obs: observations
+        :param actions: scaled actions, shape (B, A)
+        :return: what each critic sees: features, z_s, actions and z_sa, shape (B, F + Z + A + Z)
+        """
+        (representation,) = self.shared
+        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
+            features = self.extract_features(obs, self.features_extractor)
+        if representation is None:
+            return th.cat([features, actions], dim=1)
+        features = representation(obs, features)
+        pairs = representation.pair(features[:, -representation.embedding_dim :], actions)
+        return th.cat([features, actions, pairs], dim=1)
 
     def forward(self, obs: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, ...]:
         """
@@ -310,14 +324,12 @@ class Critic(ContinuousCritic):
         :param actions: scaled actions, shape (B, A)
         :return: value by each critic, shape (B, 1)
         """
-        (representation,) = self.shared
-        if representation is None:
-            return super().forward(obs, actions)
-        with th.set_grad_enabled(th.is_grad_enabled() and not self.share_features_extractor):
-            features = representation(obs, self.extract_features(obs, self.features_extractor))
-        pairs = representation.pair(features[:, -representation.embedding_dim :], actions)
-        inputs = th.cat([features, actions, pairs], dim=1)
+        inputs = self._inputs(obs, actions)
         return tuple(q_network(inputs) for q_network in self.q_networks)
+
+    def q1_forward(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """As :meth:`forward`, the first critic alone."""
+        return self.q_networks[0](self._inputs(obs, actions))
 
 
 class DiffusionPolicy(BasePolicy):
@@ -380,8 +392,8 @@ class DiffusionPolicy(BasePolicy):
         )
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
-        if embedding_dim is not None and embedding_dim < 1:
-            raise ValueError(f"embedding_dim must be None or at least 1, got {embedding_dim!r}")
+        if embedding_dim is not None and (type(embedding_dim) is not int or embedding_dim < 1):
+            raise ValueError(f"embedding_dim must be None or an integer of at least 1, got {embedding_dim!r}")
         self.net_arch = dict(pi=[256, 256], qf=[128, 128]) if net_arch is None else net_arch
         self.embedding_dim = embedding_dim
         self.share_features_extractor = share_features_extractor
@@ -400,7 +412,6 @@ class DiffusionPolicy(BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        self.representation = self.make_representation()
         self.actor = self.make_actor()
         self.critic = self.make_critic(self.actor.features_extractor if self.share_features_extractor else None)
         self.critic_target = self.make_critic()
@@ -413,10 +424,10 @@ class DiffusionPolicy(BasePolicy):
             for name, parameter in self.critic.named_parameters()
             if not (self.share_features_extractor and "features_extractor" in name)
         ]
-        actor_parameters = [parameter for parameter in self.actor.parameters() if parameter.requires_grad]
+        actor_parameters = [p for network in self.actor.networks().values() for p in network.parameters()]
         learning: list[tuple[Any, Any]] = [(self.actor, actor_parameters), (self.critic, critic_parameters)]
-        if self.representation is not None:
-            learning.append((self.representation, self.representation.parameters()))
+        if (representation := self.actor.representation) is not None:
+            learning.append((representation, representation.parameters()))
         for network, parameters in learning:
             network.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
@@ -445,12 +456,11 @@ class DiffusionPolicy(BasePolicy):
         return Representation(**self._update_features_extractor(kwargs)).to(self.device)
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
-        slow = None if self.representation is None else copy.deepcopy(self.representation).requires_grad_(False)
-        kwargs = dict(self.actor_kwargs, representation=slow)
+        kwargs = dict(self.actor_kwargs, representation=self.make_representation())
         return DiffusionActor(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
-        kwargs = dict(self.critic_kwargs, representation=self.actor.representation)
+        kwargs = dict(self.critic_kwargs, representation=self.actor.slow_representation)
         return Critic(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
@@ -468,8 +478,6 @@ class DiffusionPolicy(BasePolicy):
         if not (self.training == self.actor.training == self.critic.training == mode):  # else a walk over all modules
             self.actor.set_training_mode(mode)
             self.critic.set_training_mode(mode)
-            if self.representation is not None:
-                self.representation.set_training_mode(mode)
             self.training = mode
 
 

@@ -181,7 +181,7 @@ class QSM(OffPolicyAlgorithm):
         # What the user gave, so that save() and load() do not take the choice for the user's
         self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs = given
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
-        self.representation = self.policy.representation
+        self.representation = self.actor.representation
         self.temperature = make_temperature(self.ent_coef, self.target_entropy, self.actor.action_dim).to(self.device)
         self.reward_scale = RewardScale(1e-2 if self.normalize_reward else 0.0).to(self.device)
         self._score_target: ScoreTarget = lookup("score_target", self.score_target, SCORE_TARGETS)
@@ -233,7 +233,7 @@ class QSM(OffPolicyAlgorithm):
         """
         sample = getattr(self.replay_buffer, "sample_transitions", self.replay_buffer.sample)
         transitions: ReplayBufferSamples = sample(batch_size, env=self._vec_normalize_env)
-        slow = self.actor.representation
+        slow = self.actor.slow_representation
         assert slow is not None
         loss = representation_loss(representation, slow, transitions, self.reward_scale.value())
         gradient_step(representation.optimizer, loss, "representation_loss")

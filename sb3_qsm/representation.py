@@ -9,6 +9,7 @@ predict.
 Legend: B batch, A action dimension, F features of an observation, Z units of an embedding.
 """
 
+import math
 from typing import Any
 
 import torch as th
@@ -49,7 +50,9 @@ class RunningNorm(nn.Module):
         :param x: features, shape (B, F)
         :return: normalised features, shape (B, F)
         """
-        return ((x - self.mean) * (self.variance + 1e-8).rsqrt()).clamp(-self.clip_range, self.clip_range)
+        normalized = (x - self.mean) * (self.variance + 1e-8).rsqrt()
+        # An infinite observation is not to be taken for a large one
+        return normalized.nan_to_num(math.nan, math.nan, math.nan).clamp(-self.clip_range, self.clip_range)
 
     @th.no_grad()
     def update(self, x: th.Tensor) -> None:

@@ -10,7 +10,14 @@ from benchmarks.environments import Bandit
 from sb3_qsm import QSM
 
 OPTIMUM = np.array([0.5, -0.3])
-SMALL = dict(net_arch=[32, 32], denoiser_class="mlp", n_diffusion_steps=3, noise_schedule="cosine", preconditioning="noise")
+SMALL = dict(
+    net_arch=[32, 32],
+    embedding_dim=None,
+    denoiser_class="mlp",
+    n_diffusion_steps=3,
+    noise_schedule="cosine",
+    preconditioning="noise",
+)
 BASELINES = {
     DiffusionQL: {},
     DIPO: dict(n_action_steps=5, action_lr=0.1),

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import operator
 import re
 
 import gymnasium as gym
@@ -131,7 +132,7 @@ class Broken(gym.Env):
 @pytest.mark.parametrize("when", [3, 20])
 def test_broken_environment_stops_training_before_a_weight_is_spoilt(what, when, value):
     model = QSM("MlpPolicy", Broken(what, when, value), **SMALL)
-    with pytest.raises(ValueError, match=r"critic_loss must be finite, got (nan|inf): see VecCheckNan"):
+    with pytest.raises(ValueError, match=r"(critic|representation)_loss must be finite, got (nan|inf): see VecCheckNan"):
         model.learn(60)
     assert all(weight.isfinite().all() for weight in model.policy.state_dict().values())
     assert model.temperature.value().isfinite() and model.reward_scale.value().isfinite()
@@ -141,12 +142,12 @@ def trained(**kwargs):
     return QSM("MlpPolicy", "Pendulum-v1", **SMALL | kwargs).learn(15)
 
 
-@pytest.mark.parametrize("part", ["actor", "critic", "critic_target"])
+@pytest.mark.parametrize("part", ["actor.denoiser", "actor.slow_representation", "critic", "critic_target"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_weight_stops_training(part, value):
     """Nothing changes but what was broken."""
     model = trained()
-    next(getattr(model, part).parameters()).data.fill_(value)
+    next(operator.attrgetter(part)(model).parameters()).data.fill_(value)
     before = {name: weight.clone() for name, weight in model.policy.state_dict().items()}
     temperature = model.temperature.value()
     with pytest.raises(ValueError, match=r"critic_loss must be finite, got (nan|inf)"):
@@ -154,6 +155,15 @@ def test_broken_weight_stops_training(part, value):
     for name, weight in model.policy.state_dict().items():
         assert th.equal(weight.nan_to_num(), before[name].nan_to_num()), name
     assert th.equal(model.temperature.value(), temperature)
+
+
+def test_broken_representation_stops_training():
+    model = trained()
+    next(model.representation.parameters()).data.fill_(math.nan)
+    with pytest.raises(ValueError, match="representation_loss must be finite, got nan"):
+        model.train(gradient_steps=5, batch_size=8)
+    acting = [model.critic, model.critic_target, model.actor.denoiser, model.actor.slow_representation]
+    assert all(weight.isfinite().all() for network in acting for weight in network.parameters())
 
 
 def test_training_goes_on_when_the_weights_are_mended():

@@ -196,7 +196,7 @@ def test_chain_goes_through_every_module(denoiser_class):
 def test_running_mean_by_hand():
     """9/10 of the way at first, 9/11 next, later 1 - decay; the deterministic action is that of the mean."""
     actor = make_actor(n_diffusion_steps=T)
-    weight, mean = (networks["denoiser"].action_layer.weight for networks in (actor._networks(), actor.average))
+    weight, mean = (networks["denoiser"].action_layer.weight for networks in (actor.networks(), actor.average))
     start = mean.clone()
     assert th.equal(weight, start) and not actor.has_average() and not mean.requires_grad
     weight.data.add_(1.0)

@@ -242,7 +242,7 @@ def test_critics_of_the_results():
     critics = QSM("MlpPolicy", "Pendulum-v1", device="cpu").critic.q_networks
     layers = [nn.Linear, LayerNorm, nn.Hardswish] * 2 + [nn.Linear]
     assert [[type(layer) for layer in critic] for critic in critics] == [layers, layers]
-    assert [layer.out_features for layer in critics[0] if isinstance(layer, nn.Linear)] == [256, 256, 1]
+    assert [layer.out_features for layer in critics[0] if isinstance(layer, nn.Linear)] == [128, 128, 1]
 
 
 @pytest.mark.parametrize("score_target", SCORE_TARGETS)

@@ -13,6 +13,7 @@ from torch import nn
 from sb3_qsm import QSM, PublishedQSM
 from sb3_qsm.losses import SCORE_TARGETS, box_entropy, truncated_normal_mean
 from sb3_qsm.networks import DENOISERS
+from sb3_qsm.representation import representation_loss
 
 SMALL = dict(learning_starts=20, batch_size=8, buffer_size=500, seed=0, device="cpu")
 
@@ -79,7 +80,7 @@ def test_metrics():
     model = build(env=gym.make("Pendulum-v1", max_episode_steps=10), ent_coef="auto_0.3", learning_rate=1e-3)
     model.set_logger(Logger(None, [writer]))
     model.learn(40, log_interval=1)
-    names = ["critic_loss", "actor_loss", "ent_coef", "ent_coef_loss", "entropy", "q_grad", "reward_scale"]
+    names = ["critic_loss", "actor_loss", "representation_loss", "ent_coef", "ent_coef_loss", "entropy", "q_grad", "reward_scale"]
     assert {name for name in writer.values if name.startswith("train/")} == {
         f"train/{name}" for name in [*names, "n_updates", "learning_rate"]
     }
@@ -99,7 +100,7 @@ def set_critic(critic, slopes, values):
         layer.bias.data.fill_(value)
 
 
-LINEAR_CRITIC = dict(net_arch=dict(pi=[8], qf=[]), layer_norm=False)
+LINEAR_CRITIC = dict(net_arch=dict(pi=[8], qf=[]), layer_norm=False, embedding_dim=None)
 BATCH = ReplayBufferSamples(
     observations=th.zeros(2, 3),
     actions=th.tensor([[0.5], [-0.5]]),
@@ -212,8 +213,10 @@ def test_update_never_waits_for_the_device(score_target, denoiser_class):
     batch = ReplayBufferSamples(*(value.to("meta") for value in BATCH[:5]))
     model.reward_scale.update(batch.rewards)
     actor_loss, entropy, _ = model._actor_loss(batch)
-    for loss in (model._critic_loss(batch), actor_loss):
+    foretold = representation_loss(model.representation, model.actor.slow_representation, batch, model.reward_scale.value())
+    for loss in (model._critic_loss(batch), actor_loss, foretold):
         loss.backward()
+    model.representation.update_norm(batch.observations)
     model.actor.update_average(model.ema_decay)
     model.temperature.update(entropy)
     assert all(parameter.grad is not None for parameter in model.critic.parameters())

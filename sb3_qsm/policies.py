@@ -374,7 +374,7 @@ class DiffusionPolicy(BasePolicy):
         optimizer_kwargs: dict[str, Any] | None = None,
         n_critics: int = 2,
         share_features_extractor: bool = False,
-        layer_norm: bool = True,
+        layer_norm: bool = False,
         embedding_dim: int | None = 128,
         **diffusion_kwargs: Any,
     ) -> None:

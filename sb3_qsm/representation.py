@@ -26,10 +26,13 @@ from sb3_qsm.networks import mlp
 
 class RunningNorm(nn.Module):
     """
-    Subtract the mean and divide by the standard deviation of what has been learnt from: running means over batches.
+    Subtract the mean and divide by the spread of what has been learnt from: running means over batches.
+
+    What hardly moves stays small: Ant's contact forces, brought to unit variance, would be half of what the networks see.
 
     :param size: number of features F
     :param rate: share of a new batch, larger at first; the start, mean 0 and variance 1, counts like one batch
+    :param floor: standard deviation that is added, in quadrature, to each feature's
     :param clip_range: largest size of the result
     """
 
@@ -37,9 +40,10 @@ class RunningNorm(nn.Module):
     variance: th.Tensor
     n_batches: th.Tensor
 
-    def __init__(self, size: int, rate: float = 1e-2, clip_range: float = 5.0) -> None:
+    def __init__(self, size: int, rate: float = 1e-2, floor: float = 0.5, clip_range: float = 5.0) -> None:
         super().__init__()
         self.rate = rate
+        self.floor = floor
         self.clip_range = clip_range
         self.register_buffer("mean", th.zeros(size))
         self.register_buffer("variance", th.ones(size))
@@ -50,7 +54,7 @@ class RunningNorm(nn.Module):
         :param x: features, shape (B, F)
         :return: normalised features, shape (B, F)
         """
-        normalized = (x - self.mean) * (self.variance + 1e-8).rsqrt()
+        normalized = (x - self.mean) * (self.variance + self.floor**2).rsqrt()
         # An infinite observation is not to be taken for a large one
         return normalized.nan_to_num(math.nan, math.nan, math.nan).clamp(-self.clip_range, self.clip_range)
 
@@ -143,20 +147,25 @@ class Representation(BaseModel):
 
 
 def representation_loss(
-    representation: Representation, slow: Representation, replay_data: ReplayBufferSamples, reward_scale: th.Tensor
+    representation: Representation,
+    slow: Representation,
+    replay_data: ReplayBufferSamples,
+    reward_scale: th.Tensor,
+    outcome_weight: float = 0.1,
 ) -> th.Tensor:
     """
-    Squared errors of what the pair's embedding foretells: the next state's embedding, the reward, and the end.
+    Squared errors of what a pair's embedding foretells: the next state's embedding, the reward, and the end.
 
     :param representation: representation that learns
     :param slow: its slow copy, which embeds the next state
     :param replay_data: transitions of one step
     :param reward_scale: unit of rewards, shape ()
-    :return: mean over batch and units, and the errors of the reward and of the end, which counts threefold, shape ()
+    :param outcome_weight: weight of reward and end beside the mean over an embedding's units
+    :return: mean over the batch, shape ()
     """
     with th.no_grad():
         next_states = slow.state(replay_data.next_observations)
     pairs = representation.pair(representation.state(replay_data.observations), replay_data.actions)
     foretold = representation.reward_and_end(pairs)
     outcome = th.cat([replay_data.rewards / reward_scale, 3 * replay_data.dones], dim=1)
-    return F.mse_loss(pairs, next_states) + ((foretold - outcome) ** 2).sum(dim=1).mean()
+    return F.mse_loss(pairs, next_states) + outcome_weight * ((foretold - outcome) ** 2).sum(dim=1).mean()

@@ -13,6 +13,7 @@ OPTIMUM = np.array([0.5, -0.3])
 SMALL = dict(
     net_arch=[32, 32],
     embedding_dim=None,
+    layer_norm=True,
     denoiser_class="mlp",
     n_diffusion_steps=3,
     noise_schedule="cosine",

@@ -240,7 +240,7 @@ def test_net_arch(net_arch, layer_norm):
 def test_critics_of_the_results():
     """Results note the constructor's defaults (see test_benchmarks.py); these are the policy's."""
     critics = QSM("MlpPolicy", "Pendulum-v1", device="cpu").critic.q_networks
-    layers = [nn.Linear, LayerNorm, nn.Hardswish] * 2 + [nn.Linear]
+    layers = [nn.Linear, nn.Hardswish] * 2 + [nn.Linear]
     assert [[type(layer) for layer in critic] for critic in critics] == [layers, layers]
     assert [layer.out_features for layer in critics[0] if isinstance(layer, nn.Linear)] == [128, 128, 1]
 

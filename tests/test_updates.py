@@ -80,7 +80,16 @@ def test_metrics():
     model = build(env=gym.make("Pendulum-v1", max_episode_steps=10), ent_coef="auto_0.3", learning_rate=1e-3)
     model.set_logger(Logger(None, [writer]))
     model.learn(40, log_interval=1)
-    names = ["critic_loss", "actor_loss", "representation_loss", "ent_coef", "ent_coef_loss", "entropy", "q_grad", "reward_scale"]
+    names = [
+        "critic_loss",
+        "actor_loss",
+        "representation_loss",
+        "ent_coef",
+        "ent_coef_loss",
+        "entropy",
+        "q_grad",
+        "reward_scale",
+    ]
     assert {name for name in writer.values if name.startswith("train/")} == {
         f"train/{name}" for name in [*names, "n_updates", "learning_rate"]
     }

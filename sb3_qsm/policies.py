@@ -288,18 +288,17 @@ class Critic(ContinuousCritic):
     def __init__(self, representation: Representation | None, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.shared = (representation,)  # in a tuple, a module is not registered
-        blocks = [kwargs["features_dim"], get_action_dim(self.action_space)]
-        if representation is not None:
-            blocks[1:1] = [representation.embedding_dim]
-            blocks.append(representation.embedding_dim)
+        features_dim, action_dim = kwargs["features_dim"], get_action_dim(self.action_space)
+        seen_dim = features_dim + (representation.embedding_dim if representation else 0)
+        pair_dim = representation.embedding_dim if representation else 0
         norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
-            layers = create_mlp(sum(blocks), 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
-            if representation is not None:
-                weight, _ = layers[0].parameters()
-                for weights in weight.detach().split(blocks, dim=1):  # a few actions are to be heard beside embeddings
-                    nn.init.uniform_(weights, -(weights.shape[1] ** -0.5), weights.shape[1] ** -0.5)
+            layers = create_mlp(
+                seen_dim + action_dim + pair_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm
+            )
+            weight, _ = layers[0].parameters()  # a few actions are to be heard beside embeddings
+            nn.init.uniform_(weight.detach()[:, seen_dim : seen_dim + action_dim], -(action_dim**-0.5), action_dim**-0.5)
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
 

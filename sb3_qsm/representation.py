@@ -31,7 +31,7 @@ class RunningNorm(nn.Module):
     What hardly moves stays small: Ant's contact forces, brought to unit variance, would be half of what the networks see.
 
     :param size: number of features F
-    :param rate: share of a new batch, larger at first; the start, mean 0 and variance 1, counts like one batch
+    :param rate: share of a new batch, larger at first: the first one counts whole
     :param floor: standard deviation that is added, in quadrature, to each feature's
     :param clip_range: largest size of the result
     """
@@ -64,7 +64,7 @@ class RunningNorm(nn.Module):
         :param x: features of a batch, shape (B, F)
         """
         self.n_batches += 1
-        share = (1 / (1 + self.n_batches)).clamp(min=self.rate)
+        share = (1 / self.n_batches).clamp(min=self.rate)
         mean, variance = x.mean(dim=0), x.var(dim=0, correction=0)
         self.variance.lerp_(variance + (1 - share) * (mean - self.mean) ** 2, share)
         self.mean.lerp_(mean, share)

@@ -24,14 +24,13 @@ def vector(module):
     return nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
-def test_norm_is_that_of_all_batches_and_the_start():
+def test_norm_is_that_of_all_batches():
     """As long as shares are one over the number of batches, mean and variance are those of everything seen."""
     batches = [1e3 + th.randn(4, 2) * th.tensor([1.0, 1e-3]) for _ in range(5)]
     norm = RunningNorm(2, rate=0.01)
     for batch in batches:
         norm.update(batch)
-    start = th.tensor([[-1.0, -1.0], [1.0, 1.0]] * 2)  # mean 0, variance 1
-    seen = th.cat([start, *batches]).double()
+    seen = th.cat(batches).double()
     th.testing.assert_close(norm.mean.double(), seen.mean(dim=0), rtol=1e-5, atol=0)
     th.testing.assert_close(norm.variance.double(), seen.var(dim=0, correction=0), rtol=1e-4, atol=0)
 
@@ -155,13 +154,12 @@ def test_what_each_network_sees():
     assert th.equal(seen[0], th.cat([features, actions, slow.pair(z, actions)], dim=1))
 
 
-@pytest.mark.parametrize("block", [slice(0, 3), slice(3, 11), slice(11, 12), slice(12, 20)])
-def test_blocks_of_a_critics_input_start_alike(block):
-    """The one action is heard beside eight units of an embedding: weights as large as if each block stood alone."""
-    weights = [q_network[0].weight for model in (build(), build()) for q_network in model.critic.q_networks]
-    size = block.stop - block.start
-    largest = th.cat([weight[:, block].abs() for weight in weights]).max().item()
-    assert 0.8 * size**-0.5 < largest <= size**-0.5
+def test_actions_are_heard_beside_embeddings():
+    """The weights of the two actions start as large as if they were the only inputs, the other 10 + 2 * 8 as SB3's."""
+    weights = th.cat([q_network[0].weight.abs() for q_network in build("Reacher-v5").critic.q_networks])
+    assert weights.shape[1] == 10 + 8 + 2 + 8
+    actions, others = weights[:, 18:20], th.cat([weights[:, :18], weights[:, 20:]], dim=1)
+    assert 0.9 * 2**-0.5 < actions.max() <= 2**-0.5 and 0.9 * 28**-0.5 < others.max() <= 28**-0.5
 
 
 class Chain(gym.Env):

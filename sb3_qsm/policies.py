@@ -288,16 +288,12 @@ class Critic(ContinuousCritic):
     def __init__(self, representation: Representation | None, layer_norm: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.shared = (representation,)  # in a tuple, a module is not registered
-        embedding_dim = representation.embedding_dim if representation else 0
-        before, action_dim = kwargs["features_dim"] + embedding_dim, get_action_dim(self.action_space)
-        input_dim = before + action_dim + embedding_dim
+        input_dim = kwargs["features_dim"] + get_action_dim(self.action_space)
+        input_dim += 2 * representation.embedding_dim if representation else 0
         norm: list[type[nn.Module]] = [LayerNorm] if layer_norm else []
         self.q_networks = []
         for index in range(self.n_critics):
             layers = create_mlp(input_dim, 1, kwargs["net_arch"], kwargs["activation_fn"], post_linear_modules=norm)
-            if representation is not None:  # a few actions are to be heard beside embeddings: as loud as if they were alone
-                weight, _ = layers[0].parameters()
-                nn.init.uniform_(weight.detach()[:, before : before + action_dim], -(action_dim**-0.5), action_dim**-0.5)
             self.q_networks.append(nn.Sequential(*layers))
             setattr(self, f"qf{index}", self.q_networks[-1])
 

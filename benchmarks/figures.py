@@ -18,11 +18,12 @@ from .statistics import MODES, Estimate, Result, estimate, iqm, normalised, read
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a dash pattern for the most frequent
 STYLES: dict[str, tuple[str, str, str]] = {
     "qsm": ("QSM", "#d55e00", "-"),
+    "qsm-plain": ("QSM, plain critics", "#e69f00", "-."),
     "sac": ("SAC", "#0072b2", "--"),
     "td3": ("TD3", "#444444", ":"),
     "tqc": ("TQC", "#009e73", "-."),
     "crossq": ("CrossQ", "#cc79a7", "-."),
-    "published_qsm": ("QSM as published", "#e69f00", "--"),
+    "published_qsm": ("QSM as published", "#b5651d", "--"),
     "diffusion_ql": ("Diffusion-QL", "#56b4e9", "-"),
     "dipo": ("DIPO", "#8c6d1f", "-"),
     "qvpo": ("QVPO", "#7b3294", "-"),

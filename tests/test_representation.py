@@ -154,14 +154,6 @@ def test_what_each_network_sees():
     assert th.equal(seen[0], th.cat([features, actions, slow.pair(z, actions)], dim=1))
 
 
-def test_actions_are_heard_beside_embeddings():
-    """The weights of the two actions start as large as if they were the only inputs, the other 10 + 2 * 8 as SB3's."""
-    weights = th.cat([q_network[0].weight.abs() for q_network in build("Reacher-v5").critic.q_networks])
-    assert weights.shape[1] == 10 + 8 + 2 + 8
-    actions, others = weights[:, 18:20], th.cat([weights[:, :18], weights[:, 20:]], dim=1)
-    assert 0.9 * 2**-0.5 < actions.max() <= 2**-0.5 and 0.9 * 28**-0.5 < others.max() <= 28**-0.5
-
-
 class Chain(gym.Env):
     """The state turns by a constant angle and by the action; the reward is the action's cost and the first coordinate."""
 

@@ -31,7 +31,8 @@ class RunningNorm(nn.Module):
     What hardly moves stays small: Ant's contact forces, brought to unit variance, would be half of what the networks see.
 
     :param size: number of features F
-    :param rate: share of a new batch, larger at first: the first one counts whole
+    :param rate: share of a new batch, larger at first; the start, mean 0 and variance 1, counts like ten batches, so that a
+        policy that was given its weights keeps its behaviour
     :param floor: standard deviation that is added, in quadrature, to each feature's
     :param clip_range: largest size of the result
     """
@@ -64,7 +65,7 @@ class RunningNorm(nn.Module):
         :param x: features of a batch, shape (B, F)
         """
         self.n_batches += 1
-        share = (1 / self.n_batches).clamp(min=self.rate)
+        share = (1 / (10 + self.n_batches)).clamp(min=self.rate)
         mean, variance = x.mean(dim=0), x.var(dim=0, correction=0)
         self.variance.lerp_(variance + (1 - share) * (mean - self.mean) ** 2, share)
         self.mean.lerp_(mean, share)
@@ -151,7 +152,7 @@ def representation_loss(
     slow: Representation,
     replay_data: ReplayBufferSamples,
     reward_scale: th.Tensor,
-    outcome_weight: float = 0.1,
+    outcome_weight: float = 0.3,
 ) -> th.Tensor:
     """
     Squared errors of what a pair's embedding foretells: the next state's embedding, the reward, and the end.

@@ -220,6 +220,6 @@ def test_short_chains():
 def test_api_has_no_page_missing():
     """Every module with public names is on the API page, or has a page of its own."""
     api = (DOCS / "api.md").read_text(encoding="utf8")
-    for module in ("losses", "schedules", "samplers", "temperature", "buffers", "networks", "policies"):
+    for module in ("losses", "schedules", "samplers", "temperature", "buffers", "networks", "policies", "representation"):
         assert importlib.util.find_spec(f"sb3_qsm.{module}") is not None
         assert f"sb3_qsm.{module}" in api

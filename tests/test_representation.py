@@ -24,13 +24,14 @@ def vector(module):
     return nn.utils.parameters_to_vector(module.parameters()).detach()
 
 
-def test_norm_is_that_of_all_batches():
+def test_norm_is_that_of_all_batches_and_the_start():
     """As long as shares are one over the number of batches, mean and variance are those of everything seen."""
     batches = [10 + th.randn(4, 2) * th.tensor([1.0, 0.1]) for _ in range(5)]
     norm = RunningNorm(2, rate=0.01)
     for batch in batches:
         norm.update(batch)
-    seen = th.cat(batches).double()
+    start = th.tensor([[-1.0, -1.0], [1.0, 1.0]]).repeat(20, 1)  # ten batches of mean 0 and variance 1
+    seen = th.cat([start, *batches]).double()
     th.testing.assert_close(norm.mean.double(), seen.mean(dim=0), rtol=1e-5, atol=0)
     th.testing.assert_close(norm.variance.double(), seen.var(dim=0, correction=0), rtol=1e-3, atol=0)
 
@@ -61,7 +62,7 @@ def test_loss_by_hand():
     for layer in [*model.representation.pair_net, model.representation.reward_and_end]:
         for parameter in layer.parameters():
             parameter.data.zero_()
-    for dones, expected in ((0.0, 1 + 0.1 * 3**2), (1.0, 1 + 0.1 * (3**2 + 3**2))):
+    for dones, expected in ((0.0, 1 + 0.3 * 3**2), (1.0, 1 + 0.3 * (3**2 + 3**2))):
         data = batch(dones=dones, rewards=6.0)
         loss = representation_loss(model.representation, model.actor.slow_representation, data, th.tensor(2.0))
         assert loss.item() == pytest.approx(expected, rel=1e-2)

@@ -34,7 +34,7 @@ def trajectory(actor, n=400):
     return th.stack([*seen, end]).numpy()
 
 
-def main(steps=2500, path="denoising.gif", frames_per_level=6):
+def main(steps=5000, path="denoising.gif", frames_per_level=6):
     model = QSM("MlpPolicy", FourGoals(), learning_rate=1e-3, ent_coef="auto_0.1", seed=0, device="cpu")
     model.learn(steps, progress_bar=True)
     points = trajectory(model.actor)

@@ -49,7 +49,7 @@ def learnt_q(model, actions):
     return th.cat(q_values, dim=1).mean(dim=1).numpy()
 
 
-def main(steps=2500, path="four_goals.png"):
+def main(steps=5000, path="four_goals.png"):
     axis = np.linspace(-1, 1, 81)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     figure, panels = plt.subplots(1, 2, figsize=(9, 5.2), layout="constrained", sharey=True)

@@ -7,6 +7,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from sb3_qsm import QSM, PublishedQSM
 
 from .baselines import DIPO, QVPO, DACERStyle, DiffusionQL
+from .gaussian import SACActor, TD3Actor
 
 ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "qsm": QSM,
@@ -19,6 +20,8 @@ ALGORITHMS: dict[str, type[OffPolicyAlgorithm]] = {
     "dipo": DIPO,
     "qvpo": QVPO,
     "dacer_style": DACERStyle,
+    "sac_actor": SACActor,
+    "td3_actor": TD3Actor,
 }
 
 

@@ -6,7 +6,7 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actio
 
 import copy
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -350,6 +350,7 @@ class DiffusionPolicy(BasePolicy):
         ``denoiser_kwargs``: see :class:`DiffusionActor`
     """
 
+    actor_class: ClassVar[type[DiffusionActor]] = DiffusionActor
     actor: DiffusionActor
     critic: Critic
     critic_target: Critic
@@ -451,7 +452,7 @@ class DiffusionPolicy(BasePolicy):
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> DiffusionActor:
         kwargs = dict(self.actor_kwargs, representation=self.make_representation())
-        return DiffusionActor(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
+        return self.actor_class(**self._update_features_extractor(kwargs, features_extractor)).to(self.device)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         kwargs = dict(self.critic_kwargs, representation=self.actor.slow_representation)

@@ -244,22 +244,35 @@ class QSM(OffPolicyAlgorithm):
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
-        Temporal-difference error of all critics against the target critics at the next action: their mean, moved towards the
-        smallest by ``pessimism``. Values are in units of the reward scale.
+        Temporal-difference error of all critics, in units of the reward scale.
 
         :param replay_data: batch of transitions
         :return: sum over critics of the mean squared error, shape ()
         """
         discounts = replay_data.discounts if replay_data.discounts is not None else self.gamma
         with th.no_grad():
-            next_actions = self._next_actions(replay_data.next_observations)
-            next_q_values = th.cat(self.critic_target(replay_data.next_observations, next_actions), dim=1)
-            smallest = next_q_values.min(dim=1, keepdim=True).values
-            next_q_values = next_q_values.mean(dim=1, keepdim=True).lerp(smallest, self.pessimism)
+            next_values = self._next_values(replay_data.next_observations)
             rewards = replay_data.rewards / self.reward_scale.value()
-            target_q_values = rewards + (1 - replay_data.dones) * discounts * next_q_values
+            target_q_values = rewards + (1 - replay_data.dones) * discounts * next_values
         q_values = self.critic(replay_data.observations, replay_data.actions)
         return th.stack([F.mse_loss(q_value, target_q_values) for q_value in q_values]).sum()
+
+    def _next_values(self, next_observations: PyTorchObs) -> th.Tensor:
+        """
+        :param next_observations: observations after the transition
+        :return: what the target critics make of the policy there, shape (B, 1)
+        """
+        return self._value(self.critic_target, next_observations, self._next_actions(next_observations))
+
+    def _value(self, critic: Critic, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
+        """
+        :param critic: critics to ask
+        :param observations: observations
+        :param actions: scaled actions, shape (B, A)
+        :return: their mean, moved towards the smallest by ``pessimism``, shape (B, 1)
+        """
+        q_values = th.cat(critic(observations, actions), dim=1)
+        return q_values.mean(dim=1, keepdim=True).lerp(q_values.min(dim=1, keepdim=True).values, self.pessimism)
 
     def _next_actions(self, next_observations: PyTorchObs) -> th.Tensor:
         """

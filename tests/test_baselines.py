@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 pytest.importorskip("rl_zoo3")
 
 from benchmarks.algorithms import ALGORITHMS, algorithm_class
 from benchmarks.baselines import DIPO, QVPO, DACERStyle, DiffusionQL, InwardClamp, best_of
 from benchmarks.environments import Bandit
+from benchmarks.gaussian import SACActor, TD3Actor
 from sb3_qsm import QSM
 
 OPTIMUM = np.array([0.5, -0.3])
@@ -257,3 +260,52 @@ def test_dacer_acts_with_noise_that_follows_its_temperature():
         model.temperature.log_ent_coef.data.fill_(log_alpha)
         spreads.append(np.std([model._sample_action(0)[0] for _ in range(500)]))
     assert spreads == pytest.approx([0.1, 0.3], rel=0.1)
+
+
+def gaussian(cls, env="Reacher-v5", **kwargs):
+    settings = dict(learning_starts=10, batch_size=8, seed=0, device="cpu", policy_kwargs=dict(net_arch=[16], embedding_dim=8))
+    return cls("MlpPolicy", env, **settings | kwargs)
+
+
+def test_density_of_the_squashed_normal():
+    """As SB3's distribution says."""
+    actor = gaussian(SACActor).actor
+    obs, noise = th.randn(20, 10), 2 * th.randn(2, 20, 2)
+    actions, log_prob = actor.sample_with_log_prob(obs, noise)
+    features = actor.extract_features(obs, actor.features_extractor)
+    mean, log_std = actor.denoiser(features, None, 0).chunk(2, dim=1)
+    expected = SquashedDiagGaussianDistribution(2).proba_distribution(mean, log_std)
+    th.testing.assert_close(actions, (mean + log_std.exp() * noise[0]).tanh())
+    th.testing.assert_close(log_prob[:, 0], expected.log_prob(actions), rtol=1e-3, atol=1e-2)
+
+
+def test_sac_counts_entropy():
+    """In the next value, and with the same weight in the actor's loss; temperature 0.5 in rewards of 2."""
+    model = gaussian(SACActor, ent_coef=0.5)
+    model.reward_scale.rms.fill_(2.0)
+    model._value = lambda critic, obs, actions: th.full((len(obs), 1), 3.0 if critic is model.critic_target else 5.0)
+    model.actor.sample_with_log_prob = lambda obs, noise: (th.zeros(len(obs), 2), th.full((len(obs), 1), -1.5))
+    obs = th.zeros(4, 10)
+    assert model._next_values(obs).flatten().tolist() == [3 + 0.25 * 1.5] * 4
+    loss, entropy, _ = model._actor_loss(ReplayBufferSamples(obs, th.zeros(4, 2), obs, th.zeros(4, 1), th.zeros(4, 1)))
+    assert loss.item() == pytest.approx(-5 - 0.25 * 1.5) and entropy.item() == pytest.approx(1.5)
+    assert model.target_entropy == -2
+
+
+def test_td3_is_deterministic_but_for_its_noise():
+    model = gaussian(TD3Actor, learning_starts=0)
+    obs = np.zeros(10, np.float32)
+    first, second = (model.predict(obs, deterministic=deterministic)[0] for deterministic in (False, True))
+    np.testing.assert_array_equal(first, second)
+    assert model.action_noise._sigma.tolist() == [0.1, 0.1]
+    model.actor.sample = lambda obs, noise, average=False: th.full((len(obs), 2), 0.1)
+    noise = model._next_actions(th.zeros(2000, 10)) - 0.1
+    assert 0.49 < noise.abs().max() < 0.5001 and 0.19 < noise.std() < 0.21
+
+
+@pytest.mark.parametrize("cls", [SACActor, TD3Actor])
+def test_gaussian_actors_climb(cls):
+    model = gaussian(cls, learning_rate=1e-2).learn(12)
+    model._value = lambda critic, obs, actions: 10 * actions.sum(dim=1, keepdim=True)
+    model.train(gradient_steps=150, batch_size=8)
+    assert (model.predict(np.zeros((5, 10), np.float32), deterministic=True)[0] > 0.8).all()

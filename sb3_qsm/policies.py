@@ -6,6 +6,7 @@ Legend: B batch, A action dimension, F features, T diffusion steps. Scaled actio
 
 import copy
 import operator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch as th
@@ -160,6 +161,13 @@ class DiffusionActor(BasePolicy):
         """
         features = super().extract_features(obs, features_extractor)
         return features if self.slow_representation is None else self.slow_representation(obs, features)
+
+    def remembering(self, *observations: PyTorchObs) -> AbstractContextManager[None]:
+        """
+        :param observations: each a batch of observations
+        :return: block in which each is embedded once, see :meth:`~sb3_qsm.representation.Representation.remembering`
+        """
+        return nullcontext() if self.slow_representation is None else self.slow_representation.remembering(*observations)
 
     def denoise(self, obs: PyTorchObs, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
         """

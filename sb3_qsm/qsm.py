@@ -198,16 +198,17 @@ class QSM(OffPolicyAlgorithm):
             if self._n_updates % 10 == 0:  # a number that moves slowly
                 self.reward_scale.update(rewards_per_step(replay_data, self.gamma))
 
-            critic_loss = self._critic_loss(replay_data)
-            gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
-            values = {"critic_loss": critic_loss}
+            with self.actor.remembering(replay_data.observations, replay_data.next_observations):
+                critic_loss = self._critic_loss(replay_data)
+                gradient_step(self.critic.optimizer, critic_loss, "critic_loss")
+                values = {"critic_loss": critic_loss}
 
-            if self._n_updates % self.policy_delay == 0:
-                actor_loss, entropy, q_grad = self._actor_loss(replay_data)
-                gradient_step(self.actor.optimizer, actor_loss, "actor_loss")
-                self.actor.update_average(self.ema_decay)
-                values |= {"actor_loss": actor_loss, "entropy": entropy, "q_grad": q_grad}
-                values |= {"ent_coef": self.temperature.value(), "ent_coef_loss": self.temperature.update(entropy)}
+                if self._n_updates % self.policy_delay == 0:
+                    actor_loss, entropy, q_grad = self._actor_loss(replay_data)
+                    gradient_step(self.actor.optimizer, actor_loss, "actor_loss")
+                    self.actor.update_average(self.ema_decay)
+                    values |= {"actor_loss": actor_loss, "entropy": entropy, "q_grad": q_grad}
+                    values |= {"ent_coef": self.temperature.value(), "ent_coef_loss": self.temperature.update(entropy)}
 
             if self.representation is not None:
                 values["representation_loss"] = self._update_representation(self.representation, batch_size)

@@ -10,6 +10,8 @@ Legend: B batch, A action dimension, F features of an observation, Z units of an
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
@@ -103,6 +105,7 @@ class Representation(BaseModel):
             observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
         )
         self.embedding_dim = embedding_dim
+        self._known: dict[int, th.Tensor] = {}
         self.learns_features = any(True for _ in features_extractor.parameters())
         self.norm = nn.Identity() if self.learns_features else RunningNorm(features_dim)
         sizes = [embedding_dim] * 3
@@ -134,10 +137,26 @@ class Representation(BaseModel):
         :param features: what the features extractor of an actor or a critic makes of them, shape (B, F)
         :return: normalised features and z_s, shape (B, F + Z)
         """
+        if id(obs) in self._known and not self.learns_features:
+            return self._known[id(obs)]
         if self.learns_features:
             return th.cat([features, self.state(obs)], dim=1)
         features = self.norm(features)
         return th.cat([features, self._embed(features)], dim=1)
+
+    @contextmanager
+    def remembering(self, *observations: PyTorchObs) -> Iterator[None]:
+        """
+        Embed observations once for all networks that ask for the same objects inside the block.
+
+        :param observations: each a batch of observations
+        """
+        if not self.learns_features:
+            self._known = {id(obs): self(obs, self.extract_features(obs, self.features_extractor)) for obs in observations}
+        try:
+            yield
+        finally:
+            self._known = {}
 
     def update_norm(self, obs: PyTorchObs) -> None:
         """

@@ -155,6 +155,25 @@ def test_what_each_network_sees():
     assert th.equal(seen[0], th.cat([features, actions, slow.pair(z, actions)], dim=1))
 
 
+def test_observations_are_embedded_once_in_an_update():
+    """By the slow copy: those of the batch and the next ones, and the next ones of single steps."""
+    model = build().learn(20)
+    seen = []
+    model.actor.slow_representation.state_net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.train(gradient_steps=1, batch_size=8)
+    assert len(seen) == 3
+    obs, actions = th.randn(5, 3), th.rand(5, 1)
+    outside = model.critic(obs, actions)
+    with model.actor.remembering(obs):
+        inside = model.critic(obs, actions)
+        equal_but_another = model.critic(obs.clone(), actions)
+    assert len(seen) == 3 + 3
+    for values in (inside, equal_but_another):
+        assert all(th.equal(value, expected) for value, expected in zip(values, outside, strict=True))
+    model.critic(obs, actions)
+    assert len(seen) == 3 + 4, "outside the block nothing is remembered"
+
+
 class Chain(gym.Env):
     """The state turns by a constant angle and by the action; the reward is the action's cost and the first coordinate."""
 

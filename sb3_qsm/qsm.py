@@ -211,7 +211,7 @@ class QSM(OffPolicyAlgorithm):
                     values |= {"ent_coef": self.temperature.value(), "ent_coef_loss": self.temperature.update(entropy)}
 
             if self.representation is not None:
-                values["representation_loss"] = self._update_representation(self.representation, batch_size)
+                values["representation_loss"] = self._update_representation(self.representation, replay_data)
 
             for name, value in values.items():
                 metrics[name].append(value.detach())
@@ -224,22 +224,23 @@ class QSM(OffPolicyAlgorithm):
         self.logger.record("train/reward_scale", self.reward_scale.value().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _update_representation(self, representation: Representation, batch_size: int) -> th.Tensor:
+    def _update_representation(self, representation: Representation, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
         One step of the representation, followed by its slow copy, through which actor and critics look.
 
         :param representation: representation that learns
-        :param batch_size: number of transitions; of single steps, where the replay buffer has such beside longer returns
+        :param replay_data: batch of transitions; single steps of the same number, where the replay buffer gives longer returns
         :return: loss, shape ()
         """
-        sample = getattr(self.replay_buffer, "sample_transitions", self.replay_buffer.sample)
-        transitions: ReplayBufferSamples = sample(batch_size, env=self._vec_normalize_env)
+        sample_transitions = getattr(self.replay_buffer, "sample_transitions", None)
+        if sample_transitions is not None:
+            replay_data = sample_transitions(len(replay_data.actions), env=self._vec_normalize_env)
         slow = self.actor.slow_representation
         assert slow is not None
-        loss = representation_loss(representation, slow, transitions, self.reward_scale.value())
+        loss = representation_loss(representation, slow, replay_data, self.reward_scale.value())
         gradient_step(representation.optimizer, loss, "representation_loss")
         if self._n_updates % 10 == 0:  # numbers that move slowly
-            representation.update_norm(transitions.observations)
+            representation.update_norm(replay_data.observations)
         polyak_update(representation, slow, self.tau)
         return loss
 

@@ -234,6 +234,24 @@ def test_single_steps_beside_longer_returns():
     assert len(found.observations.unique()) > 50 and buffer.sample(50).rewards.max() > 100
 
 
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_the_representation_learns_from_single_steps(n_steps, monkeypatch):
+    """Those of the batch itself, or as many drawn beside it."""
+    model = QSM(
+        "MlpPolicy", "Pendulum-v1", n_steps=n_steps, policy_kwargs=dict(net_arch=[16], embedding_dim=8), **SMALL
+    ).learn(30)
+    seen = {}
+    monkeypatch.setattr(model, "_critic_loss", lambda data: seen.setdefault("batch", data) and model.critic.qf0[0].bias.sum())
+    monkeypatch.setattr(
+        "sb3_qsm.qsm.representation_loss",
+        lambda learning, slow, data, scale: seen.setdefault("steps", data) and learning.reward_and_end.bias.sum(),
+    )
+    model.train(gradient_steps=1, batch_size=8)
+    assert (seen["steps"] is seen["batch"]) == (n_steps == 1)
+    stored = th.as_tensor(model.replay_buffer.rewards[:30, 0])
+    assert len(seen["steps"].rewards) == 8 and th.isin(seen["steps"].rewards.flatten(), stored).all()
+
+
 def test_images_are_embedded_by_an_extractor_that_learns():
     model = QSM(
         "CnnPolicy", FakeImageEnv(discrete=False, screen_height=36, screen_width=36), policy_kwargs=dict(net_arch=[8]), **SMALL

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -208,6 +209,14 @@ def enjoy(arguments: list[str]) -> None:
     _run_zoo("enjoy", Parser(enjoy, "--env HalfCheetah-v5", check), arguments)
 
 
+def _follow(env: Any) -> None:
+    """Robots of Gymnasium are filmed by the camera that goes with them; the one that films by default stays at the start."""
+    (base,) = env.get_attr("unwrapped")
+    if hasattr(base, "mujoco_renderer"):
+        with suppress(KeyError):
+            base.mujoco_renderer.camera_id = base.model.camera("track").id
+
+
 def record(arguments: list[str]) -> None:
     """Film a trained policy, as mp4 or GIF."""
     parser = Parser(record, "--env HalfCheetah-v5 cheetah.gif -n 200")
@@ -218,6 +227,7 @@ def record(arguments: list[str]) -> None:
     import imageio
 
     model, env = _load(parser, args, render_mode="rgb_array")
+    _follow(env)
     video = args.video or _find_model(parser, args)[1].with_name("video.mp4")
     fps = env.metadata.get("render_fps", 30)
     options: Any = {"duration": 1000 / fps, "loop": 0} if video.suffix == ".gif" else {"fps": fps, "macro_block_size": 2}

@@ -175,7 +175,8 @@ def save_policy(model: QSM, path: str | Path) -> None:
         raise ValueError(f"policy must be one of {sorted(POLICY_CLASSES)}, got {type(model.policy).__qualname__}")
     exported = exported_policy(model)
     boxes = {f"observation_space.{key}": box for key, box in zip(exported.keys, _boxes(exported.space), strict=True)}
-    tensors = {f"actor.{name}": value.contiguous() for name, value in exported.actor.state_dict().items()}
+    state = exported.actor.state_dict()  # without the representation that learns: actions come through its slow copy
+    tensors = {f"actor.{name}": value.contiguous() for name, value in state.items() if not name.startswith("representation.")}
     for name, box in [*boxes.items(), ("action_space", exported.action_space)]:
         tensors |= {f"{name}.{bound}": th.tensor(getattr(box, bound)) for bound in ("low", "high")}
     for key, stats in exported.normalization.items():
@@ -215,7 +216,9 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
             lr_schedule=lambda _: 0.0,
             **(header["policy_kwargs"] if policy_kwargs is None else policy_kwargs),
         )
-        policy.actor.load_state_dict(_under("actor.", tensors))
+        state = _under("actor.", tensors)
+        state |= {f"representation.{name}": value for name, value in _under("slow_representation.", state).items()}
+        policy.actor.load_state_dict(state)
         normalization: dict[str, dict[str, th.Tensor]] = {}
         for name, value in _under("normalization.", tensors).items():
             key, stat = name.rsplit(".", 1)

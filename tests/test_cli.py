@@ -13,6 +13,7 @@ import pytest
 import torch as th
 import yaml
 from stable_baselines3 import SAC
+from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
 
 from sb3_qsm import QSM, cli
@@ -35,6 +36,18 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 gym.register("Mine-v0", PendulumEnv, max_episode_steps=5)
 """
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah-v5", "Pusher-v5", "Pendulum-v1"])
+def test_a_robot_is_filmed_by_the_camera_that_goes_with_it(task):
+    """Where its model has one."""
+    env = make_vec_env(task, env_kwargs=dict(render_mode="rgb_array"))
+    cli._follow(env)
+    base = env.envs[0].unwrapped
+    if task == "HalfCheetah-v5":
+        assert base.model.camera(base.mujoco_renderer.camera_id).name == "track"
+    elif task == "Pusher-v5":
+        assert base.model.ncam == 0 and base.mujoco_renderer.camera_id == -1
 
 
 @pytest.fixture

@@ -137,10 +137,10 @@ class Representation(BaseModel):
         :param features: what the features extractor of an actor or a critic makes of them, shape (B, F)
         :return: normalised features and z_s, shape (B, F + Z)
         """
-        if id(obs) in self._known and not self.learns_features:
-            return self._known[id(obs)]
         if self.learns_features:
             return th.cat([features, self.state(obs)], dim=1)
+        if id(obs) in self._known:
+            return self._known[id(obs)]
         features = self.norm(features)
         return th.cat([features, self._embed(features)], dim=1)
 

@@ -24,10 +24,8 @@ def film(task, path, size, n_frames, start=100):
         obs, _, terminated, _, _ = env.step(model.predict(obs, deterministic=True)[0])
         if terminated:
             obs, _ = env.reset()
-        if step % 2 == 0 and step >= start - 10:
-            picture = env.render()  # the first pictures have another sky
-            if step >= start:
-                yield Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)
+        if step >= start and step % 2 == 0:
+            yield Image.fromarray(env.render()).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def main(robots, path="robots.gif", size=180, n_frames=50):
@@ -36,9 +34,10 @@ def main(robots, path="robots.gif", size=180, n_frames=50):
         frame = Image.new("RGB", (size * len(robots), size))
         for column, picture in enumerate(pictures):
             frame.paste(picture, (size * column, 0))
-        palette = frames[0] if frames else None  # one for all, or colours flicker
-        frames.append(frame.quantize(64, palette=palette, dither=Image.Dither.NONE))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=60, loop=0)
+        frames.append(frame)
+    palette = frames[0].quantize(128)  # one for all, or colours flicker
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=60, loop=0)
     print(f"film: {path}")
 
 

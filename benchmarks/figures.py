@@ -180,7 +180,6 @@ def of_pages(folder: Path) -> Iterator[tuple[str, Figure]]:
     """
     for suite in ("mujoco-100k", "mujoco-300k", "dmc-100k"):
         yield suite.replace("-", "_"), learning_curves(read_results(folder / f"{suite}.csv"), MODES[0])
-    yield "sample_efficiency", sample_efficiency(read_results(folder / "mujoco-100k.csv"), "sac")
 
 
 def save(figure: Figure, file: object) -> None:

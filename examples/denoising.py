@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
-from four_goals import GOALS, FourGoals, learnt_q
+from four_goals import GOALS, PLAIN, FourGoals, learnt_q
 from matplotlib.animation import FuncAnimation, PillowWriter
 
 from sb3_qsm import QSM
@@ -34,8 +34,8 @@ def trajectory(actor, n=400):
     return th.stack([*seen, end]).numpy()
 
 
-def main(steps=5000, path="denoising.gif", frames_per_level=6):
-    model = QSM("MlpPolicy", FourGoals(), learning_rate=1e-3, ent_coef="auto_0.1", seed=0, device="cpu")
+def main(steps=2500, path="denoising.gif", frames_per_level=6):
+    model = QSM("MlpPolicy", FourGoals(), 1e-3, ent_coef="auto_0.1", policy_kwargs=PLAIN, seed=0, device="cpu")
     model.learn(steps, progress_bar=True)
     points = trajectory(model.actor)
     pauses = [points[0]] * 3, [points[-1]] * 12

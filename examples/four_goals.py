@@ -42,6 +42,10 @@ class FourGoals(gym.Env):
         return np.zeros(1, np.float32), float(reward_of(action[None])[0]), True, False, {}
 
 
+# There is no next state to foretell: plain critics, without the representation
+PLAIN = dict(embedding_dim=None, layer_norm=True, net_arch=[256, 256])
+
+
 def learnt_q(model, actions):
     """Mean of the critics at actions of shape (N, 2)."""
     with th.no_grad():
@@ -49,12 +53,15 @@ def learnt_q(model, actions):
     return th.cat(q_values, dim=1).mean(dim=1).numpy()
 
 
-def main(steps=5000, path="four_goals.png"):
+def main(steps=2500, path="four_goals.png"):
     axis = np.linspace(-1, 1, 81)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     figure, panels = plt.subplots(1, 2, figsize=(9, 5.2), layout="constrained", sharey=True)
     for panel, algorithm in zip(panels, (QSM, SAC), strict=True):
-        model = algorithm("MlpPolicy", FourGoals(), learning_rate=1e-3, ent_coef="auto_0.1", seed=0, device="cpu")
+        policy_kwargs = PLAIN if algorithm is QSM else None
+        model = algorithm(
+            "MlpPolicy", FourGoals(), 1e-3, ent_coef="auto_0.1", policy_kwargs=policy_kwargs, seed=0, device="cpu"
+        )
         model.learn(steps, progress_bar=True)
         actions, _ = model.predict(np.zeros((500, 1), np.float32))
         nearest = np.linalg.norm(actions[:, None] - GOALS, axis=2).argmin(axis=1)

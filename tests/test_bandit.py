@@ -10,8 +10,9 @@ TWO = [[-0.6], [0.6]]
 FOUR = [[-0.6, -0.6], [-0.6, 0.6], [0.6, -0.6], [0.6, 0.6]]
 
 
-@pytest.mark.parametrize("optima, steps, share", [(TWO, 2500, 0.2), (FOUR, 5000, 0.1)])
-def test_every_mode_is_visited(optima, steps, share):
+@pytest.mark.parametrize("optima, share", [(TWO, 0.2), (FOUR, 0.1)])
+def test_every_mode_is_visited(optima, share):
+    """With plain critics: there is no next state to foretell."""
     model = QSM(
         "MlpPolicy",
         Bandit(optima),
@@ -20,11 +21,11 @@ def test_every_mode_is_visited(optima, steps, share):
         buffer_size=5000,
         batch_size=128,
         train_freq=1,
-        policy_kwargs=dict(net_arch=[64, 64], layer_norm=True),
+        policy_kwargs=dict(net_arch=[64, 64], embedding_dim=None, layer_norm=True),
         seed=0,
         device="cpu",
     )
-    model.learn(steps)
+    model.learn(2500)
     actions, _ = model.predict(np.zeros((500, 1), np.float32))
     distances = np.linalg.norm(actions[:, None] - np.array(optima), axis=2)
     near = distances.min(axis=1) < 0.35

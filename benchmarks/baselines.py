@@ -38,7 +38,7 @@ class Baseline(QSM):
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         super().__init__(policy, env, **{"policy_delay": 1, "ent_coef": 1.0, **kwargs})
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param replay_data: batch of transitions
         :return: loss of the method; no entropy to steer a temperature by, no gradient of Q; each of shape ()
@@ -290,7 +290,7 @@ class DACERStyle(Baseline):
         actions = super()._next_actions(next_observations)
         return (actions + self._noise_std() * th.randn_like(actions)).clamp(-1, 1)
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param replay_data: batch of transitions
         :return: loss; entropy, which is the target between two estimates: alpha stays; no gradient of Q; each of shape ()

@@ -128,7 +128,7 @@ class SACActor(QSM):
         actions, penalty = self._draw(next_observations)
         return self._value(self.critic_target, next_observations, actions) - penalty
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param replay_data: batch of transitions
         :return: loss, entropy of the drawn actions, no gradient of Q; each of shape ()
@@ -164,7 +164,7 @@ class TD3Actor(QSM):
         actions = super()._next_actions(next_observations)
         return (actions + (0.2 * th.randn_like(actions)).clamp(-0.5, 0.5)).clamp(-1, 1)
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         :param replay_data: batch of transitions
         :return: loss; no entropy and no gradient of Q; each of shape ()

@@ -148,3 +148,34 @@ def box_entropy(slope: th.Tensor) -> th.Tensor:
     slope = slope.abs().clamp(min=1e-4)
     mass = -th.expm1(-2 * slope)
     return th.log(mass / slope) + 1 - 2 * slope * th.exp(-2 * slope) / mass
+
+
+def boltzmann_mean(q_values: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
+    """
+    Value of choosing among K drawn actions by exp(Q / lambda), between their mean and their largest.
+
+    A policy that has given up a way draws it rarely; this value says what the way is worth to one that knows both.
+
+    :param q_values: values of the draws, shape (K, B, 1)
+    :param ent_coef: temperature lambda, shape ()
+    :return: shape (B, 1)
+    """
+    return ((q_values / ent_coef).softmax(dim=0) * q_values).sum(dim=0)
+
+
+def undecided_ent_coef(
+    ent_coef: th.Tensor, ratio: th.Tensor, td_error: th.Tensor, n_errors: float = 3.0, min_ratio: float = 0.3
+) -> th.Tensor:
+    """
+    Temperature of each noise level, so that a chain does not choose by differences of Q that are within the critics' error.
+
+    Levels of much noise choose between good answers, those of little noise refine the one chosen.
+
+    :param ent_coef: temperature lambda, shape ()
+    :param ratio: noise-to-signal ratio r, shape (B, 1)
+    :param td_error: root mean square error of a critic, in units of ``ent_coef``, shape ()
+    :param n_errors: lowest temperature of the noisy levels, in units of ``td_error``
+    :param min_ratio: least ratio of a noisy level
+    :return: temperatures, shape (B, 1)
+    """
+    return th.where(ratio > min_ratio, ent_coef.maximum(n_errors * td_error), ent_coef)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.buffers import choose_replay_buffer
-from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, box_entropy, score_matching_loss
+from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, boltzmann_mean, box_entropy, score_matching_loss, undecided_ent_coef
 from sb3_qsm.normalization import RewardScale
 from sb3_qsm.policies import (
     CnnPolicy,
@@ -73,6 +73,8 @@ class QSM(OffPolicyAlgorithm):
         not depend on the scale of the rewards
     :param score_target: what the denoiser regresses on: "box", "published", or a function like
         :func:`~sb3_qsm.losses.box_score_target`
+    :param keep_modes: Whether to keep several good answers through many steps, at some cost where one is best
+        (``docs/algorithm.md``, "Several good answers")
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments for the policy, see :class:`~sb3_qsm.policies.DiffusionPolicy`
@@ -122,6 +124,7 @@ class QSM(OffPolicyAlgorithm):
         ema_decay: float = 0.998,
         normalize_reward: bool = True,
         score_target: str | ScoreTarget = "box",
+        keep_modes: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -164,6 +167,7 @@ class QSM(OffPolicyAlgorithm):
         self.ema_decay = ema_decay
         self.normalize_reward = normalize_reward
         self.score_target = score_target
+        self.keep_modes = keep_modes
         self.observations_normalized = False  # by VecNormalize in training; an export without its statistics would be wrong
         if _init_setup_model:
             self._setup_model()
@@ -204,7 +208,8 @@ class QSM(OffPolicyAlgorithm):
                 values = {"critic_loss": critic_loss}
 
                 if self._n_updates % self.policy_delay == 0:
-                    actor_loss, entropy, q_grad = self._actor_loss(replay_data)
+                    td_error = (critic_loss.detach() / self.critic.n_critics).sqrt()
+                    actor_loss, entropy, q_grad = self._actor_loss(replay_data, td_error)
                     gradient_step(self.actor.optimizer, actor_loss, "actor_loss")
                     self.actor.update_average(self.ema_decay)
                     values |= {"actor_loss": actor_loss, "entropy": entropy, "q_grad": q_grad}
@@ -264,7 +269,11 @@ class QSM(OffPolicyAlgorithm):
         :param next_observations: observations after the transition
         :return: what the target critics make of the policy there, shape (B, 1)
         """
-        return self._value(self.critic_target, next_observations, self._next_actions(next_observations))
+        values = [
+            self._value(self.critic_target, next_observations, self._next_actions(next_observations))
+            for _ in range(2 if self.keep_modes else 1)
+        ]
+        return boltzmann_mean(th.stack(values), self._ent_coef()) if self.keep_modes else values[0]
 
     def _value(self, critic: Critic, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """
@@ -283,11 +292,18 @@ class QSM(OffPolicyAlgorithm):
         """
         return self.actor(next_observations)
 
-    def _actor_loss(self, replay_data: ReplayBufferSamples) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    def _ent_coef(self) -> th.Tensor:
+        """
+        :return: temperature in units of the reward scale, as values are, shape ()
+        """
+        return self.temperature.value() / self.reward_scale.value()
+
+    def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Q-score matching at noised replay actions.
 
         :param replay_data: batch of transitions
+        :param td_error: root mean square error of a critic, in units of the reward scale, shape ()
         :return: squared error of the denoised action in units of the network's output; estimate of the policy's entropy in
             nats; mean size of dQ/da in units of the return; each of shape ()
         """
@@ -300,11 +316,12 @@ class QSM(OffPolicyAlgorithm):
         def q_fn(actions: th.Tensor) -> th.Tensor:
             return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
 
-        scale = self.reward_scale.value()
-        ent_coef = self.temperature.value() / scale
-        target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions, ratio, ent_coef)
+        ent_coef = self._ent_coef()
+        level_ent_coef = undecided_ent_coef(ent_coef, ratio, td_error) if self.keep_modes else ent_coef
+        target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions, ratio, level_ent_coef)
         loss = score_matching_loss(denoised, target, self.actor.preconditioning(ratio).c_out)
-        return loss, box_entropy(q_grad / ent_coef).sum(dim=1).mean(), scale * q_grad.abs().mean()
+        entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
+        return loss, entropy, self.reward_scale.value() * q_grad.abs().mean()
 
     def learn(
         self: SelfQSM,
@@ -352,8 +369,9 @@ def check_arguments(model: QSM) -> None:
         value, low = getattr(model, name), int(kind is Integral)
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
             raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")
-    if not isinstance(model.normalize_reward, bool):
-        raise ValueError(f"normalize_reward must be True or False, got {model.normalize_reward!r}")
+    for name in ("normalize_reward", "keep_modes"):
+        if not isinstance(getattr(model, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(model, name)!r}")
 
 
 def follow_gamma(model: QSM) -> None:

@@ -24,6 +24,7 @@ BAD_ARGUMENTS = {
     "pessimism": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "ema_decay": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "normalize_reward": ([1, "auto", None], "True or False"),
+    "keep_modes": ([1, "auto", None], "True or False"),
     "ent_coef": (["aut", "auto_0", 0, -1.0, math.nan, None], 'a positive number, "auto" or "auto_<positive number>"'),
     "target_entropy": (["aut", math.nan, math.inf, None], 'a number or "auto"'),
     "score_target": (["papr", None, 1], "one of ['box', 'published']"),
@@ -61,7 +62,7 @@ def test_bad_diffusions(name, value, allowed):
 def test_arguments_are_sacs_in_sacs_order_and_five():
     """Each of ours has a bad value above; SB3's own are SB3's to check."""
     ours, theirs = (list(inspect.signature(algorithm.__init__).parameters) for algorithm in (QSM, SAC))
-    own = ["policy_delay", "pessimism", "ema_decay", "normalize_reward", "score_target"]
+    own = ["policy_delay", "pessimism", "ema_decay", "normalize_reward", "score_target", "keep_modes"]
     assert [name for name in ours if name not in own] == [name for name in theirs if "sde" not in name]
     assert [name for name in ours if name in own] == own and set(own) < set(BAD_ARGUMENTS)
 

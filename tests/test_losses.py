@@ -10,6 +10,7 @@ from torch import nn
 
 from sb3_qsm.losses import (
     action_gradient,
+    boltzmann_mean,
     box_entropy,
     box_score_target,
     box_target,
@@ -214,3 +215,12 @@ def test_box_entropy_limits():
     assert box_entropy(th.tensor(0.0)).item() == pytest.approx(math.log(2), abs=1e-6)
     assert box_entropy(th.tensor(1e6)).item() == pytest.approx(1 - math.log(1e6), abs=1e-5)
     assert (box_entropy(th.logspace(-3, 6, 200)).diff() < 1e-6).all()
+
+
+@pytest.mark.parametrize("ent_coef, expected", [(1e-3, 3.0), (1e6, 1.0), (3 / math.log(4), 2.0)])
+def test_boltzmann_mean(ent_coef, expected):
+    """Of values 0, 0 and 3: the largest where it is cold, the mean where it is hot; at odds of 4 to 1 to 1 it is 3 * 4 / 6."""
+    q_values = th.tensor([0.0, 0.0, 3.0])[:, None, None]
+    found = boltzmann_mean(q_values, th.tensor(ent_coef))
+    assert found.shape == (1, 1) and found.item() == pytest.approx(expected, rel=1e-4)
+    assert boltzmann_mean(q_values - 7, th.tensor(ent_coef)).item() == pytest.approx(expected - 7, rel=1e-4)

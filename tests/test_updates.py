@@ -18,6 +18,9 @@ from sb3_qsm.representation import representation_loss
 SMALL = dict(learning_starts=20, batch_size=8, buffer_size=500, seed=0, device="cpu")
 
 
+ERROR = th.tensor(0.0)  # of the critics, which only ``keep_modes`` looks at
+
+
 def build(env="Pendulum-v1", algorithm=QSM, **kwargs):
     kwargs["policy_kwargs"] = dict(net_arch=[16]) | kwargs.get("policy_kwargs", {})
     return algorithm("MlpPolicy", env, **SMALL | kwargs)
@@ -171,7 +174,7 @@ def test_actor_follows_the_online_critics(score_target, scale):
     model.reward_scale.rms.fill_(scale)
     set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
     set_critic(model.critic_target, slopes=[math.nan, math.nan], values=[math.nan, math.nan])
-    loss, entropy, q_grad = model._actor_loss(BATCH)
+    loss, entropy, q_grad = model._actor_loss(BATCH, ERROR)
     assert math.isfinite(loss.item())
     assert q_grad.item() == pytest.approx(2.0 * scale)
     assert entropy.item() == pytest.approx(box_entropy(th.tensor(2.0 * scale / 0.5)).item())
@@ -181,7 +184,7 @@ def test_actor_follows_the_online_critics(score_target, scale):
 def test_entropy_is_the_sum_over_dimensions():
     model = build(env="Reacher-v5", policy_kwargs=LINEAR_CRITIC, ent_coef=0.5)
     set_critic(model.critic, slopes=[2.0, 2.0], values=[0.0, 0.0])  # in the last of two dimensions
-    _, entropy, _ = model._actor_loss(BATCH._replace(observations=th.zeros(2, 10), actions=th.zeros(2, 2)))
+    _, entropy, _ = model._actor_loss(BATCH._replace(observations=th.zeros(2, 10), actions=th.zeros(2, 2)), ERROR)
     assert entropy.item() == pytest.approx(box_entropy(th.tensor(2.0 / 0.5)).item() + math.log(2))
 
 
@@ -193,7 +196,7 @@ def test_actor_loss_by_hand(score_target):
     for parameter in model.actor.denoiser.parameters():
         parameter.data.zero_()
     batch = ReplayBufferSamples(*(value[:1].expand(50_000, -1) for value in BATCH[:5]))
-    loss = model._actor_loss(batch)[0].item()
+    loss = model._actor_loss(batch, ERROR)[0].item()
 
     t = th.arange(50_000) % 6
     noise = th.randn((50_000, 1), generator=th.Generator().manual_seed(1))
@@ -210,20 +213,56 @@ def test_actor_loss_by_hand(score_target):
     assert loss == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_keep_modes_values_the_better_of_two_draws(scale):
+    """Draws of values 1 and 3, in units of the reward scale, for a temperature of 2 in units of the return."""
+    model = build(policy_kwargs=LINEAR_CRITIC, gamma=0.5, ent_coef=2.0, keep_modes=True)
+    model.reward_scale.rms.fill_(scale)
+    set_critic(model.critic_target, slopes=[1.0, 1.0], values=[2.0, 2.0])
+    draws = iter([-1.0, 1.0])
+    model.actor.sample = lambda obs, noise, average=False: th.full((len(obs), 1), next(draws))
+    odds = math.exp((3 - 1) / (2 / scale))  # of the second draw
+    expected = (1 + 3 * odds) / (1 + odds)
+    assert model._next_values(BATCH.next_observations).flatten().tolist() == pytest.approx([expected] * 2)
+    assert next(draws, None) is None
+
+
+def test_keep_modes_does_not_choose_within_the_critics_error():
+    """Levels of much noise aim at the temperature of three errors, those of little noise and the entropy at the model's."""
+    model = build(policy_kwargs=LINEAR_CRITIC, ent_coef=0.5, keep_modes=True)
+    model.reward_scale.rms.fill_(4.0)
+    set_critic(model.critic, slopes=[2.0, 2.0], values=[0.0, 0.0])
+    asked = []
+
+    def score_target(q_fn, denoised, noisy_actions, ratio, ent_coef):
+        asked.append((ratio, ent_coef))
+        return denoised, th.full_like(denoised, 2.0)
+
+    model._score_target = score_target
+    batch = ReplayBufferSamples(*(value[:1].expand(100, -1) for value in BATCH[:5]))
+    _, entropy, q_grad = model._actor_loss(batch, th.tensor(1.5))
+    (ratio, ent_coef), *_ = asked
+    assert set(ratio.flatten().tolist()) == set(model.actor.levels)
+    assert ent_coef.tolist() == [[4.5] if r > 0.3 else [0.125] for (r,) in ratio.tolist()]
+    assert entropy.item() == pytest.approx(box_entropy(th.tensor(2.0 / 0.125)).item()) and q_grad.item() == 8
+
+
+@pytest.mark.parametrize("keep_modes", [False, True])
 @pytest.mark.parametrize("denoiser_class", DENOISERS)
 @pytest.mark.parametrize("score_target", SCORE_TARGETS)
-def test_update_never_waits_for_the_device(score_target, denoiser_class):
+def test_update_never_waits_for_the_device(score_target, denoiser_class, keep_modes):
     """Tensors without data stand for those of a GPU: ``.item()`` or a branch on a value would raise."""
-    model = build(score_target=score_target, policy_kwargs=dict(denoiser_class=denoiser_class))
+    model = build(score_target=score_target, keep_modes=keep_modes, policy_kwargs=dict(denoiser_class=denoiser_class))
     model.policy.to("meta")
     model.temperature.to("meta")
     model.reward_scale.to("meta")
     model.device = th.device("meta")
     batch = ReplayBufferSamples(*(value.to("meta") for value in BATCH[:5]))
     model.reward_scale.update(batch.rewards)
-    actor_loss, entropy, _ = model._actor_loss(batch)
+    critic_loss = model._critic_loss(batch)
+    actor_loss, entropy, _ = model._actor_loss(batch, critic_loss.detach())
     foretold = representation_loss(model.representation, model.actor.slow_representation, batch, model.reward_scale.value())
-    for loss in (model._critic_loss(batch), actor_loss, foretold):
+    for loss in (critic_loss, actor_loss, foretold):
         loss.backward()
     model.representation.update_norm(batch.observations)
     model.actor.update_average(model.ema_decay)

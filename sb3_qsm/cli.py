@@ -198,8 +198,31 @@ def optimize(arguments: list[str]) -> None:
     _run_zoo("train", Parser(optimize, example, _find_hyperparameters, **own), arguments)
 
 
+def _enjoy_pretrained(arguments: list[str]) -> None:
+    """Watch a policy that comes with the package."""
+    from sb3_qsm.pretrained import load_pretrained, make_task, play
+
+    parser = Parser(enjoy, "Ant-v5")
+    parser.add_argument("task", help="environment ID")
+    parser.add_argument("-n", "--n-episodes", type=int, default=3, help="number of episodes")
+    parser.add_argument("--no-render", action="store_true", help="Do not render the environment")
+    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
+    parser.add_argument("--seed", type=int, default=0, help="Random generator seed")
+    args = parser.parse_args(arguments)
+    policy = load_pretrained(args.task)
+    if not (args.no_render or _has_display()):
+        parser.error(f"no display: film it with `sb3-qsm record --env {args.task}`, or add --no-render")
+    env = make_task(args.task, render_mode=None if args.no_render else "human")
+    for _, episode_return in zip(range(args.n_episodes), play(policy, env, args.seed, not args.stochastic), strict=False):
+        print(f"Episode return: {episode_return:.2f}")
+    env.close()
+
+
 def enjoy(arguments: list[str]) -> None:
-    """Watch a trained policy, or only count its returns (--no-render)."""
+    """Watch a trained policy, or only count its returns (--no-render); `sb3-qsm enjoy Ant-v5` shows one that comes along."""
+    if arguments and not arguments[0].startswith("-"):
+        _enjoy_pretrained(arguments)
+        return
 
     def check(parser: Parser, args: Any) -> None:
         if not (args.no_render or _has_display()):
@@ -222,20 +245,35 @@ def record(arguments: list[str]) -> None:
     parser = Parser(record, "--env HalfCheetah-v5 cheetah.gif -n 200")
     _add_run_options(parser)
     parser.add_argument("video", nargs="?", type=Path, help="file to write, .mp4 or .gif; by default in the folder of the run")
-    parser.add_argument("-n", "--n-timesteps", default=1000, help="number of timesteps")
+    parser.add_argument("-n", "--n-timesteps", type=_steps, default=1000, help="number of timesteps")
+    parser.add_argument("--pretrained", action="store_true", help="film the policy that comes with the package")
     args = parser.parse_args(arguments)
     import imageio
 
-    model, env = _load(parser, args, render_mode="rgb_array")
+    predict: Callable[..., Any]
+    if args.pretrained:
+        from stable_baselines3.common.vec_env import DummyVecEnv
+
+        from sb3_qsm.pretrained import load_pretrained, make_task
+
+        predict, video = load_pretrained(args.env).predict, args.video or Path("video.mp4")
+        env: Any = DummyVecEnv([lambda: make_task(args.env, render_mode="rgb_array")])
+        env.seed(args.seed)
+    else:
+        model, env = _load(parser, args, render_mode="rgb_array")
+        video = args.video or _find_model(parser, args)[1].with_name("video.mp4")
+
+        def predict(obs: Any, deterministic: bool) -> Any:
+            return model.predict(obs, deterministic=deterministic)[0]
+
     _follow(env)
-    video = args.video or _find_model(parser, args)[1].with_name("video.mp4")
     fps = env.metadata.get("render_fps", 30)
     options: Any = {"duration": 1000 / fps, "loop": 0} if video.suffix == ".gif" else {"fps": fps, "macro_block_size": 2}
     obs, writer = env.reset(), imageio.get_writer(video, **options)
     with writer:
         for _ in range(args.n_timesteps):
             writer.append_data(env.render())
-            obs, *_ = env.step(model.predict(obs, deterministic=not args.stochastic)[0])
+            obs, *_ = env.step(predict(obs, deterministic=not args.stochastic))
     env.close()
     print(f"Video: {video}")
 
@@ -256,6 +294,24 @@ def export(arguments: list[str]) -> None:
     else:
         save_policy(model, args.file)
     print(f"Policy: {args.file}")
+
+
+def share(arguments: list[str]) -> None:
+    """Write a trained policy as a small file with a card of its returns; --repo uploads both to the Hugging Face Hub."""
+    parser = Parser(share, "--env HalfCheetah-v5 policies --repo me/qsm-HalfCheetah-v5")
+    _add_run_options(parser)
+    parser.add_argument("folder", type=Path, help="where to write the policy and its card")
+    parser.add_argument("--repo", help="repository of the Hub to upload them to; log in with `hf auth login` before")
+    args = parser.parse_args(arguments)
+    from sb3_qsm.pretrained import upload_policy, write_policy
+
+    model, _ = _load(parser, args)
+    saved = _saved_arguments(_find_model(parser, args)[1])
+    command = f"sb3-qsm train --algo {args.algo} --env {args.env} --seed {model.seed} -n {saved['n_timesteps']}"
+    policy = write_policy(model, args.env, args.folder, command)
+    print(f"Policy: {policy}")
+    if args.repo:
+        print(f"Uploaded: {upload_policy(policy, args.repo)}")
 
 
 def plot(arguments: list[str]) -> None:
@@ -310,7 +366,8 @@ def compare(arguments: list[str]) -> None:
     sys.exit(min(n_failed, 1))
 
 
-COMMANDS: dict[str, Command] = {it.__name__: it for it in (train, enjoy, record, plot, compare, export, optimize, resume)}
+ALL = (train, enjoy, record, plot, compare, export, share, optimize, resume)
+COMMANDS: dict[str, Command] = {command.__name__: command for command in ALL}
 
 
 def _message(error: Exception) -> str | None:

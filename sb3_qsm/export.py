@@ -24,6 +24,8 @@ from sb3_qsm.qsm import QSM
 
 FORMAT = 1
 TOLERANCE = 1e-5
+# Parts of the actor that learn: actions come through the slow copy of the representation, and not through pairs
+NOT_FOR_ACTING = ("representation.", "slow_representation.pair_net.", "slow_representation.reward_and_end.")
 POLICY_CLASSES: dict[str, type[DiffusionPolicy]] = {cls.__qualname__: cls for cls in (MlpPolicy, CnnPolicy, MultiInputPolicy)}
 
 
@@ -34,14 +36,18 @@ class ExportedPolicy(nn.Module):
     :param actor: the policy's actor
     :param normalization: mean and standard deviation of observations and the largest normalised value, by key of the
         observation (``"observation"`` unless they are dictionaries)
+    :param card: what is known of the policy
     """
 
     low: th.Tensor
     high: th.Tensor
 
-    def __init__(self, actor: DiffusionActor, normalization: dict[str, dict[str, th.Tensor]]) -> None:
+    def __init__(
+        self, actor: DiffusionActor, normalization: dict[str, dict[str, th.Tensor]], card: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         self.actor = actor
+        self.card = card or {}
         self.space, self.action_space = actor.observation_space, actor.action_space
         self.keys = list(self.space.spaces) if isinstance(self.space, spaces.Dict) else ["observation"]
         self.noise_shape = (1 + len(actor.levels), actor.action_dim)
@@ -162,21 +168,27 @@ def export_onnx(model: QSM, path: str | Path, deterministic: bool = True) -> Non
         aside.unlink(missing_ok=True)
 
 
-def save_policy(model: QSM, path: str | Path) -> None:
+def save_policy(model: QSM, path: str | Path, card: dict[str, Any] | None = None, compact: bool = False) -> None:
     """
     Write the policy to one safetensors file: the actor's weights, spaces, statistics of ``VecNormalize`` and, as JSON in its
     header, the arguments of the policy. No pickle.
 
     :param model: trained model
     :param path: file to write
+    :param card: what the header shall say of the policy, as JSON knows it
+    :param compact: whether to keep only the running mean of the weights, which draws actions then too, in half precision: a
+        quarter of the size
     :raises ValueError: if a space is neither a box nor a dictionary of boxes, or the policy a class of your own
     """
     if type(model.policy) not in POLICY_CLASSES.values():
         raise ValueError(f"policy must be one of {sorted(POLICY_CLASSES)}, got {type(model.policy).__qualname__}")
     exported = exported_policy(model)
     boxes = {f"observation_space.{key}": box for key, box in zip(exported.keys, _boxes(exported.space), strict=True)}
-    state = exported.actor.state_dict()  # without the representation that learns: actions come through its slow copy
-    tensors = {f"actor.{name}": value.contiguous() for name, value in state.items() if not name.startswith("representation.")}
+    state = {name: value for name, value in exported.actor.state_dict().items() if not name.startswith(NOT_FOR_ACTING)}
+    if compact:
+        means = [name.removeprefix("average.") for name in state if name.startswith("average.")]
+        state = {name: value.half() if value.ndim > 1 else value for name, value in state.items() if name not in means}
+    tensors = {f"actor.{name}": value.contiguous() for name, value in state.items()}
     for name, box in [*boxes.items(), ("action_space", exported.action_space)]:
         tensors |= {f"{name}.{bound}": th.tensor(getattr(box, bound)) for bound in ("low", "high")}
     for key, stats in exported.normalization.items():
@@ -187,6 +199,8 @@ def save_policy(model: QSM, path: str | Path) -> None:
         "policy_kwargs": _literals(model.policy_kwargs),
         "dictionary": isinstance(exported.space, spaces.Dict),
         "keys": exported.keys,  # in the order of the policy's inputs, which tensors have not
+        "card": card or {},
+        "compact": compact,
     }
     aside = Path(path).with_name(f".{Path(path).name}.tmp")
     aside.write_bytes(save(tensors, metadata={"sb3_qsm": json.dumps(header)}))
@@ -217,15 +231,15 @@ def load_policy(path: str | Path, policy_kwargs: dict[str, Any] | None = None) -
             **(header["policy_kwargs"] if policy_kwargs is None else policy_kwargs),
         )
         state = _under("actor.", tensors)
-        state |= {f"representation.{name}": value for name, value in _under("slow_representation.", state).items()}
-        policy.actor.load_state_dict(state)
+        state |= {name: value for name, value in policy.actor.state_dict().items() if name.startswith(NOT_FOR_ACTING)}
+        policy.actor.load_state_dict(state | _under("average.", state) if header.get("compact") else state)
         normalization: dict[str, dict[str, th.Tensor]] = {}
         for name, value in _under("normalization.", tensors).items():
             key, stat = name.rsplit(".", 1)
             normalization.setdefault(key, {})[stat] = value
         if any(stats.keys() != {"mean", "std", "clip"} for stats in normalization.values()):
             raise ValueError(f"normalization must have mean, std and clip, got {normalization}")
-        return ExportedPolicy(policy.actor, normalization)
+        return ExportedPolicy(policy.actor, normalization, header.get("card"))
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"policy {path} refused: {error}") from error
 

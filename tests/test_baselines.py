@@ -287,7 +287,8 @@ def test_sac_counts_entropy():
     model.actor.sample_with_log_prob = lambda obs, noise: (th.zeros(len(obs), 2), th.full((len(obs), 1), -1.5))
     obs = th.zeros(4, 10)
     assert model._next_values(obs).flatten().tolist() == [3 + 0.25 * 1.5] * 4
-    loss, entropy, _ = model._actor_loss(ReplayBufferSamples(obs, th.zeros(4, 2), obs, th.zeros(4, 1), th.zeros(4, 1)), th.tensor(0.0))
+    batch = ReplayBufferSamples(obs, th.zeros(4, 2), obs, th.zeros(4, 1), th.zeros(4, 1))
+    loss, entropy, _ = model._actor_loss(batch, th.tensor(0.0))
     assert loss.item() == pytest.approx(-5 - 0.25 * 1.5) and entropy.item() == pytest.approx(1.5)
     assert model.target_entropy == -2
 

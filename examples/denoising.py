@@ -19,25 +19,12 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from sb3_qsm import QSM
 
 
-def trajectory(actor, n=400):
-    """Noisy actions u of a chain at each level and the actions it ends in, shape (T + 1, n, A), for one observation."""
-    obs, seen = th.zeros(n, 1), []
-    denoise = actor.denoise_fn(obs)
-
-    def recorded(u, t):
-        seen.append(u)
-        return denoise(u, t)
-
-    start, *noise = th.randn(1 + len(actor.levels), n, actor.action_dim).unbind()
-    with th.no_grad():
-        end = actor.sampler(recorded, actor.levels, actor.start_std * start, noise)
-    return th.stack([*seen, end]).numpy()
-
-
-def main(steps=2500, path="denoising.gif", frames_per_level=6):
+def main(steps=2500, path="denoising.gif", frames_per_level=6, n_actions=400):
     model = QSM("MlpPolicy", FourGoals(), 1e-3, ent_coef="auto_0.1", policy_kwargs=PLAIN, seed=0, device="cpu")
     model.learn(steps, progress_bar=True)
-    points = trajectory(model.actor)
+    noise = th.randn(1 + len(model.actor.levels), n_actions, model.actor.action_dim)
+    with th.no_grad():
+        points = model.actor.trajectory(th.zeros(n_actions, 1), noise).numpy()
     pauses = [points[0]] * 3, [points[-1]] * 12
     between = [a + (b - a) * s for a, b in pairwise(points) for s in np.linspace(0, 1, frames_per_level)]
     frames = [*pauses[0], *between, *pauses[1]]

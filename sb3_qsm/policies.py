@@ -209,8 +209,30 @@ class DiffusionActor(BasePolicy):
         :param average: whether to use the running mean of the weights
         :return: scaled actions, shape (B, A)
         """
+        return self._chain(self.denoise_fn(obs, average), noise)
+
+    def trajectory(self, obs: PyTorchObs, noise: th.Tensor, average: bool = False) -> th.Tensor:
+        """
+        What the chain of :meth:`sample` passes through, to be drawn.
+
+        :param obs: observations
+        :param noise: start of the chain and noise of each step, standard normal, shape (1 + T, B, A)
+        :param average: whether to use the running mean of the weights
+        :return: noisy actions u from the highest level down, and the actions they end in, shape (T + 1, B, A)
+        """
+        passed = []
+        denoise = self.denoise_fn(obs, average)
+
+        def noted(u: th.Tensor, t: int) -> th.Tensor:
+            passed.append(u)
+            return denoise(u, t)
+
+        end = self._chain(noted, noise)
+        return th.stack([*passed, end])
+
+    def _chain(self, denoise: DenoiseFn, noise: th.Tensor) -> th.Tensor:
         start, *steps = noise.unbind()
-        return self.sampler(self.denoise_fn(obs, average), self.levels, self.start_std * start, steps)
+        return self.sampler(denoise, self.levels, self.start_std * start, steps)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """

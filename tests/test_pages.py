@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import io
+import json
 import math
 import re
 import tokenize
@@ -23,8 +24,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 WITH_README = [ROOT / "README.md", *PAGES]
 ALL = [*WITH_README, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"))]
-# Blocks of Python that are shown, not run: each has a comment above it that says why
-NOT_RUN = ["model.actor.compile()"]
 # What a page needs beside the package
 EXTRAS = {"export.md": ["onnx", "onnxruntime", "onnxscript"]}
 STEPS = 150
@@ -34,14 +33,13 @@ def by_name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def code_blocks(page: Path, language: str = "python") -> list[tuple[str, str]]:
+def code_blocks(page: Path, language: str = "python") -> list[str]:
     """
     :param page: Markdown file
     :param language: language of the blocks
-    :return: comment above each block, and its code
+    :return: code of each block
     """
-    pattern = rf"(?:<!-- no-run: ([^\n]+) -->\n\n)?^```{language}\n(.*?)^```$"
-    return re.findall(pattern, page.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL)
 
 
 def shortened(code: str) -> str:
@@ -59,7 +57,7 @@ def shortened(code: str) -> str:
 @pytest.mark.parametrize("page", WITH_README, ids=by_name)
 def test_code_runs(page, tmp_path, monkeypatch):
     """The blocks of a page one after the other, as a reader would type them."""
-    blocks = [code for reason, code in code_blocks(page) if not reason]
+    blocks = code_blocks(page)
     if not blocks:
         pytest.skip("no code")
     for package in EXTRAS.get(page.name, []):
@@ -71,8 +69,17 @@ def test_code_runs(page, tmp_path, monkeypatch):
         exec(compile(shortened(block), f"{page.name}, block {number}", "exec"), namespace)
 
 
-def test_code_that_is_not_run():
-    assert [code.strip() for page in WITH_README for reason, code in code_blocks(page) if reason] == NOT_RUN
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=by_name)
+def test_notebook_runs(notebook, tmp_path, monkeypatch):
+    """Its cells one after the other; they are kept without results."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in json.loads(notebook.read_text(encoding="utf8"))["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells)
+    namespace = {"__name__": notebook.stem}
+    for number, cell in enumerate(cells, start=1):
+        code = "".join(line for line in cell["source"] if not line.startswith("%"))
+        exec(compile(shortened(code), f"{notebook.name}, cell {number}", "exec"), namespace)
 
 
 def test_shortened():

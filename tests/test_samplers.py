@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 
+from sb3_qsm import QSM
 from sb3_qsm.losses import SCORE_TARGETS
 from sb3_qsm.published import running_clip_sample
 from sb3_qsm.samplers import SAMPLERS, ddim_sample, ddpm_sample
@@ -192,3 +193,20 @@ def test_quadratic_q(score_target, optimum):
     np.testing.assert_allclose(chain_mean(score_target, optimum, sign=1), optimum, atol=0.05)
     away = chain_mean(score_target, optimum, sign=-1)
     assert (away * th.tensor(optimum) < 0).all()
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_trajectory(average):
+    """What a chain passes through: its start, each level's noisy action, and the action that ``sample`` returns."""
+    model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(sampler="ddim", net_arch=[16]), learning_starts=20, seed=0)
+    actor = model.learn(30).actor
+    obs, noise = th.randn(50, 3), th.randn(7, 50, 1)
+    with th.no_grad():
+        points = actor.trajectory(obs, noise, average)
+        assert points.shape == (7, 50, 1) and th.equal(points[0], actor.start_std * noise[0])
+        assert th.equal(points[-1], actor.sample(obs, noise, average))
+        denoise = actor.denoise_fn(obs, average)
+        for passed, t in zip(range(5), range(5, 0, -1), strict=True):
+            guess = denoise(points[passed], t).clamp(-1, 1)
+            ratio, smaller = actor.levels[t], actor.levels[t - 1]
+            th.testing.assert_close(points[passed + 1], guess + smaller / ratio * (points[passed] - guess))

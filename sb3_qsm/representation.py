@@ -171,7 +171,7 @@ def representation_loss(
     slow: Representation,
     replay_data: ReplayBufferSamples,
     reward_scale: th.Tensor,
-    outcome_weight: float = 0.3,
+    outcome_weight: float = 0.1,
 ) -> th.Tensor:
     """
     Squared errors of what a pair's embedding foretells: the next state's embedding, the reward, and the end.

@@ -62,7 +62,7 @@ def test_loss_by_hand():
     for layer in [*model.representation.pair_net, model.representation.reward_and_end]:
         for parameter in layer.parameters():
             parameter.data.zero_()
-    for dones, expected in ((0.0, 1 + 0.3 * 3**2), (1.0, 1 + 0.3 * (3**2 + 3**2))):
+    for dones, expected in ((0.0, 1 + 0.1 * 3**2), (1.0, 1 + 0.1 * (3**2 + 3**2))):
         data = batch(dones=dones, rewards=6.0)
         loss = representation_loss(model.representation, model.actor.slow_representation, data, th.tensor(2.0))
         assert loss.item() == pytest.approx(expected, rel=1e-2)

@@ -18,6 +18,9 @@ LINT_PATHS = sb3_qsm tests examples benchmarks
 EXTRAS ?= tests,benchmarks,export
 TESTS = $(VENV)/.$(EXTRAS)
 
+# One process for each core
+PYTEST = $(BIN)/python -m pytest -n auto --dist worksteal
+
 export PYTHONHASHSEED = 0
 
 train: $(VENV)/.zoo
@@ -26,10 +29,10 @@ train: $(VENV)/.zoo
 
 # make test ARGS="-m expensive" runs the slow ones: killed runs, ONNX of all policies, Ray
 test pytest: $(TESTS)
-	$(BIN)/python -m pytest -m "not expensive" $(ARGS)
+	$(PYTEST) -m "not expensive" $(ARGS)
 
 coverage: $(TESTS)
-	$(BIN)/python -m pytest -m "not expensive" --cov=sb3_qsm $(ARGS)
+	$(PYTEST) -m "not expensive" --cov=sb3_qsm $(ARGS)
 
 conformance: $(TESTS)
 	$(BIN)/python tests/conformance/run.py --suite $(SUITE) $(ARGS)
@@ -57,6 +60,16 @@ commit-checks: format type lint
 doc: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
 
+# Wheel and sdist, each installed into an empty environment, where a policy that comes along plays an episode
+dist:
+	rm -rf dist build
+	$(PYTHON) -m venv build/tools && build/tools/bin/python -m pip install -q build && build/tools/bin/python -m build
+	for file in $$PWD/dist/*; do \
+	    rm -rf build/empty && $(PYTHON) -m venv build/empty \
+	    && build/empty/bin/python -m pip install -q -c $(CONSTRAINTS) "$$file[mujoco]" \
+	    && (cd build/empty && bin/sb3-qsm enjoy HalfCheetah-v5 --no-render -n 1) || exit 1; \
+	done
+
 venv: $(TESTS)
 
 # One stamp for each set of extras, made anew when a dependency changes
@@ -68,4 +81,4 @@ $(VENV)/.%: setup.cfg $(CONSTRAINTS)
 clean:
 	rm -rf build dist *.egg-info docs/_build .mypy_cache .pytest_cache .ruff_cache .coverage
 
-.PHONY: train test pytest coverage conformance smoke type lint format check-codestyle commit-checks doc venv clean
+.PHONY: train test pytest coverage conformance smoke type lint format check-codestyle commit-checks doc dist venv clean

@@ -23,9 +23,10 @@ ALLOWED = {
     "qsm": {"buffers", "losses", "normalization", "policies", "representation", "temperature"},
     "published": {"policies", "qsm", "samplers"},
     "export": {"policies", "qsm"},
+    "pretrained": {"export", "qsm"},
     "__init__": {"policies", "published", "qsm"},
     "zoo": {"", "resume", "schedules"},
-    "cli": {"", "export", "zoo"},
+    "cli": {"", "export", "pretrained", "zoo"},
     "__main__": {"cli"},
     # Knows SB3, and nothing of QSM
     "resume/_storage": set(),

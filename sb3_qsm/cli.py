@@ -211,7 +211,7 @@ def _enjoy_pretrained(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     policy = load_pretrained(args.task)
     if not (args.no_render or _has_display()):
-        parser.error(f"no display: film it with `sb3-qsm record --env {args.task}`, or add --no-render")
+        parser.error(f"no display: film it with `sb3-qsm record --env {args.task} --pretrained`, or add --no-render")
     env = make_task(args.task, render_mode=None if args.no_render else "human")
     for _, episode_return in zip(range(args.n_episodes), play(policy, env, args.seed, not args.stochastic), strict=False):
         print(f"Episode return: {episode_return:.2f}")

@@ -16,8 +16,6 @@ from sb3_qsm.qsm import QSM
 FOLDER = Path(__file__).parent / "trained"
 USE = """
 ```python
-import gymnasium as gym
-
 from sb3_qsm.export import load_policy
 from sb3_qsm.pretrained import make_task
 

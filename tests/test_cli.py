@@ -130,6 +130,23 @@ def test_train_and_use(launch):
     assert load_policy("policy.safetensors").predict(observation, deterministic=True) == pytest.approx(expected)
 
 
+    assert launch("share", "--env", "Pendulum-v1", "policies")[:2] == (0, "Policy: policies/Pendulum-v1.safetensors\n")
+    card = Path("policies/Pendulum-v1.md").read_text()
+    assert f"sb3-qsm train --algo qsm --env Pendulum-v1 --seed {model.seed} -n 60" in card
+
+
+def test_policy_that_comes_along(launch):
+    status, printed, _ = launch("enjoy", "HalfCheetah-v5", "--no-render", "-n", "2")
+    returns = [float(line.removeprefix("Episode return: ")) for line in printed.splitlines()]
+    assert status == 0 and len(returns) == 2 and min(returns) > 1000
+    status, _, errors = launch("enjoy", "HalfCheetah-v5")
+    assert status == 2 and "no display: film it with `sb3-qsm record --env HalfCheetah-v5 --pretrained`" in errors
+    assert launch("record", "--env", "HalfCheetah-v5", "--pretrained", "-n", "3", "film.gif")[0] == 0
+    assert Path("film.gif").read_bytes().startswith(b"GIF89a")
+    status, _, errors = launch("enjoy", "Pendulum-v1")
+    assert status == 2 and errors.startswith("sb3-qsm enjoy: error: task must be one of [") and errors.count("\n") == 1
+
+
 @pytest.mark.expensive
 def test_export_onnx(launch):
     onnx = pytest.importorskip("onnx")

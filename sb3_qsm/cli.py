@@ -300,7 +300,7 @@ def share(arguments: list[str]) -> None:
     """Write a trained policy as a small file with a card of its returns; --repo uploads both to the Hugging Face Hub."""
     parser = Parser(share, "--env HalfCheetah-v5 policies --repo me/qsm-HalfCheetah-v5")
     _add_run_options(parser)
-    parser.add_argument("folder", type=Path, help="where to write the policy and its card")
+    parser.add_argument("destination", type=Path, help="folder to write the policy and its card to")
     parser.add_argument("--repo", help="repository of the Hub to upload them to; log in with `hf auth login` before")
     args = parser.parse_args(arguments)
     from sb3_qsm.pretrained import upload_policy, write_policy
@@ -308,7 +308,7 @@ def share(arguments: list[str]) -> None:
     model, _ = _load(parser, args)
     saved = _saved_arguments(_find_model(parser, args)[1])
     command = f"sb3-qsm train --algo {args.algo} --env {args.env} --seed {model.seed} -n {saved['n_timesteps']}"
-    policy = write_policy(model, args.env, args.folder, command)
+    policy = write_policy(model, args.env, args.destination, command)
     print(f"Policy: {policy}")
     if args.repo:
         print(f"Uploaded: {upload_policy(policy, args.repo)}")

@@ -96,7 +96,8 @@ def test_policy_that_comes_along(task):
         pytest.importorskip("dm_control")
     policy = load_pretrained(task)
     assert policy.card["task"] == task and len(policy.card["returns"]) == 10
-    assert next(play(policy, make_task(task))) > 0.5 * min(policy.card["returns"])
+    returns = policy.card["returns"]
+    assert next(play(policy, make_task(task))) > min(returns) - 0.5 * abs(np.mean(returns))
     card = (FOLDER / f"{task}.md").read_text()
     assert f"Mean return **{np.mean(policy.card['returns']):.1f}**" in card and policy.card["command"] in card
 

@@ -130,7 +130,8 @@ def test_train_and_use(launch):
     assert load_policy("policy.safetensors").predict(observation, deterministic=True) == pytest.approx(expected)
 
 
-    assert launch("share", "--env", "Pendulum-v1", "policies")[:2] == (0, "Policy: policies/Pendulum-v1.safetensors\n")
+    status, printed, _ = launch("share", "--env", "Pendulum-v1", "policies")
+    assert status == 0 and printed.endswith("Policy: policies/Pendulum-v1.safetensors\n")
     card = Path("policies/Pendulum-v1.md").read_text()
     assert f"sb3-qsm train --algo qsm --env Pendulum-v1 --seed {model.seed} -n 60" in card
 

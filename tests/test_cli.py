@@ -129,7 +129,6 @@ def test_train_and_use(launch):
     expected, _ = model.predict(observation, deterministic=True)
     assert load_policy("policy.safetensors").predict(observation, deterministic=True) == pytest.approx(expected)
 
-
     status, printed, _ = launch("share", "--env", "Pendulum-v1", "policies")
     assert status == 0 and printed.endswith("Policy: policies/Pendulum-v1.safetensors\n")
     card = Path("policies/Pendulum-v1.md").read_text()

@@ -169,7 +169,7 @@ def main() -> int:
                 path.write_text(text)
                 files.append(str(path.relative_to(folder)))
         keyword = f"qsm and ({args.k})" if args.k else "qsm"
-        pytest = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-m", "not expensive", "-k", keyword, *pytest_args, *files]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-n=auto", "-m", "not expensive", "-k", keyword, *pytest_args, *files]
         # one thread: these networks are tiny; a fixed hash seed, as in SB3
         env = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONHASHSEED": "0"}
         return subprocess.run(pytest, cwd=folder, env=env, check=False).returncode

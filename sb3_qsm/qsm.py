@@ -6,6 +6,7 @@ import io
 import math
 import pathlib
 from collections import defaultdict
+from importlib.metadata import version
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
@@ -341,6 +342,13 @@ class QSM(OffPolicyAlgorithm):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """
+        As SB3's, with the version of this package in the file: ``sb3_qsm_version`` of a loaded model.
+        """
+        self.sb3_qsm_version = version("sb3_qsm")
+        super().save(*args, **kwargs)
 
     def load_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase, truncate_last_traj: bool = True) -> None:
         super().load_replay_buffer(path, truncate_last_traj)

@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 
+import sb3_qsm
 from sb3_qsm import QSM, MlpPolicy
 from sb3_qsm.policies import DiffusionActor
 
@@ -243,3 +244,10 @@ def test_running_mean_goes_into_a_new_model():
     new.learn(2)
     moved = (vector(new.actor.average["denoiser"]) - mean).norm() / (weights - mean).norm()
     assert moved.item() == pytest.approx(9 / 160, rel=1e-3)
+
+
+def test_file_says_which_version_wrote_it(model, tmp_path):
+    model.save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as file:
+        assert json.loads(file.read("data"))["sb3_qsm_version"] == sb3_qsm.__version__
+    assert QSM.load(tmp_path / "model").sb3_qsm_version == sb3_qsm.__version__

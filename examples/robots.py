@@ -35,7 +35,8 @@ def main(tasks=("HalfCheetah-v5", "Ant-v5", "Walker2d-v5"), path="robots.gif", s
             frame.paste(picture, (size * column, 0))
         frames.append(frame)
     palette = frames[-1].quantize(128)  # one for all, or colours flicker
-    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    # The first was drawn before all renderers were there, and has no sky
+    first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames[1:]]
     first.save(path, save_all=True, append_images=others, duration=60, loop=0)
     print(f"film: {path}")
 

@@ -23,7 +23,7 @@ Check = Callable[["Parser", Any], None]
 SPEAKING = ("sb3_qsm", "benchmarks", "rl_zoo3", "stable_baselines3", "gymnasium")
 # Modules that only an extra brings
 EXTRAS = {
-    "mujoco": ("mujoco", "imageio"),
+    "mujoco": ("mujoco", "imageio", "packaging"),
     "zoo": ("rl_zoo3", "huggingface_sb3", "shimmy", "optuna", "matplotlib", "yaml"),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "benchmarks": ("sb3_contrib", "scipy", "jinja2", "filelock", "pandas", "rich"),

@@ -122,7 +122,7 @@ class SACActor(QSM):
         """
         noise = th.randn(2, len(observations), self.actor.action_dim, device=self.device)
         actions, log_prob = self.actor.sample_with_log_prob(observations, noise)
-        return actions, self.temperature.value() / self.reward_scale.value() * log_prob
+        return actions, self._ent_coef() * log_prob
 
     def _next_values(self, next_observations: Any) -> th.Tensor:
         actions, penalty = self._draw(next_observations)
@@ -135,9 +135,8 @@ class SACActor(QSM):
         """
         observations: Any = replay_data.observations
         actions, penalty = self._draw(observations)
-        unit = self.temperature.value() / self.reward_scale.value()
         values = self._value(self.critic, observations, actions)
-        return (penalty - values).mean(), -(penalty / unit).mean(), th.zeros(())
+        return (penalty - values).mean(), -(penalty / self._ent_coef()).mean(), th.zeros(())
 
 
 class TD3Actor(QSM):

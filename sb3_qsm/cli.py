@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -213,7 +214,7 @@ def _enjoy_pretrained(arguments: list[str]) -> None:
     if not (args.no_render or _has_display()):
         parser.error(f"no display: film it with `sb3-qsm record --env {args.task} --pretrained`, or add --no-render")
     env = make_task(args.task, render_mode=None if args.no_render else "human")
-    for _, episode_return in zip(range(args.n_episodes), play(policy, env, args.seed, not args.stochastic), strict=False):
+    for episode_return in islice(play(policy, env, args.seed, not args.stochastic), args.n_episodes):
         print(f"Episode return: {episode_return:.2f}")
     env.close()
 
@@ -366,8 +367,9 @@ def compare(arguments: list[str]) -> None:
     sys.exit(min(n_failed, 1))
 
 
-ALL = (train, enjoy, record, plot, compare, export, share, optimize, resume)
-COMMANDS: dict[str, Command] = {command.__name__: command for command in ALL}
+COMMANDS: dict[str, Command] = {
+    it.__name__: it for it in (train, enjoy, record, plot, compare, export, share, optimize, resume)
+}
 
 
 def _message(error: Exception) -> str | None:

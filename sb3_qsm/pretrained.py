@@ -4,6 +4,7 @@ Trained policies that come with the package, and how one is written for others, 
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def write_policy(model: QSM, task: str, folder: Path, command: str, n_episodes: 
     card["versions"] = {name: version(name) for name in ("sb3_qsm", "stable_baselines3", "torch", "gymnasium")}
     save_policy(model, path, card, compact=True)
     episodes = play(load_policy(path), make_task(task))
-    card["returns"] = [round(next(episodes), 2) for _ in range(n_episodes)]
+    card["returns"] = [round(episode_return, 2) for episode_return in islice(episodes, n_episodes)]
     save_policy(model, path, card, compact=True)
 
     mean, std = np.mean(card["returns"]), np.std(card["returns"])

@@ -270,11 +270,13 @@ class QSM(OffPolicyAlgorithm):
         :param next_observations: observations after the transition
         :return: what the target critics make of the policy there, shape (B, 1)
         """
-        values = [
-            self._value(self.critic_target, next_observations, self._next_actions(next_observations))
-            for _ in range(2 if self.keep_modes else 1)
-        ]
-        return boltzmann_mean(th.stack(values), self._ent_coef()) if self.keep_modes else values[0]
+
+        def of_a_draw() -> th.Tensor:
+            return self._value(self.critic_target, next_observations, self._next_actions(next_observations))
+
+        if not self.keep_modes:
+            return of_a_draw()
+        return boltzmann_mean(th.stack([of_a_draw(), of_a_draw()]), self._ent_coef())
 
     def _value(self, critic: Critic, observations: PyTorchObs, actions: th.Tensor) -> th.Tensor:
         """

@@ -90,21 +90,21 @@ def test_train_freq_in_episodes():
 
 
 @pytest.mark.parametrize(
-    "buffer_class, kwargs",
+    "buffer_class, n_steps, kwargs",
     [
-        (NStepReplayBuffer, dict()),
-        (NStepReplayBuffer, dict(n_steps=3)),
-        (NStepDictReplayBuffer, dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False))),
+        (NStepReplayBuffer, 2, dict()),
+        (NStepReplayBuffer, 3, dict(n_steps=3)),
+        (NStepDictReplayBuffer, 2, dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False))),
     ],
 )
-def test_three_step_returns(buffer_class, kwargs, tmp_path):
+def test_returns_over_several_steps(buffer_class, n_steps, kwargs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # SB3 would take the buffer's class for the user's
         model = run(**kwargs)
         model.save(tmp_path / "model")
         loaded = QSM.load(tmp_path / "model", env=model.env, gamma=0.5)
     assert type(model.replay_buffer) is type(loaded.replay_buffer) is buffer_class
-    assert model.replay_buffer.n_steps == loaded.replay_buffer.n_steps == 3
+    assert model.replay_buffer.n_steps == loaded.replay_buffer.n_steps == n_steps
     assert (model.replay_buffer.gamma, loaded.replay_buffer.gamma) == (0.99, 0.5)
 
 

@@ -130,8 +130,8 @@ class DIPO(Baseline):
 
     Kept, from the authors' code: a second copy of the stored actions, which the improved ones replace, so that they go on from
     there the next time they are drawn; 20 steps of Adam at 0.03 on the smaller critic, clipped to the box; a batch of its own;
-    cosine schedule, noise prediction. Dropped: the slow copy of the actor in the TD target, clipped gradients of networks and
-    actions. The hyperparameters have T = 20, not 100, for a CPU's sake.
+    cosine schedule, noise prediction; its buffer gives one-step returns. Dropped: the slow copy of the actor in the TD
+    target, clipped gradients of networks and actions. The hyperparameters have T = 20, not 100, for a CPU's sake.
 
     :param policy: as for QSM
     :param env: as for QSM

@@ -97,7 +97,8 @@ class DeterministicPolicy(DiffusionPolicy):
 class SACActor(QSM):
     """
     SAC (Haarnoja et al., 2018, arXiv:1812.05905): climb Q minus the temperature times the log of the density, which the value
-    of the next state counts, too; target entropy -A. All else is QSM's, one update of the actor for each of the critics too.
+    of the next state counts, too; target entropy -A; one update of the actor for each of the critics, and, as in SAC, no
+    running mean of its weights. All else is QSM's.
 
     :param policy: as for QSM
     :param env: as for QSM
@@ -142,7 +143,7 @@ class SACActor(QSM):
 class TD3Actor(QSM):
     """
     TD3 (Fujimoto et al., 2018, arXiv:1802.09477): climb Q with a deterministic actor; noise N(0, 0.1^2) on the behaviour,
-    N(0, 0.2^2) cut at 0.5 on the next action. All else is QSM's.
+    N(0, 0.2^2) cut at 0.5 on the next action; as in TD3, no running mean of the actor's weights. All else is QSM's.
 
     :param policy: as for QSM
     :param env: as for QSM

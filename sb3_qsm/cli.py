@@ -5,6 +5,7 @@ Train policies, watch, film, export and compare them. rl-zoo is the engine, and 
 import argparse
 import importlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
@@ -163,7 +164,6 @@ def _add_run_options(parser: Parser) -> None:
     parser.add_argument("-f", "--folder", help="Log folder")
     parser.add_argument("--exp-id", type=int, default=0, help="Experiment ID (0: latest)")
     parser.add_argument("--load-best", action="store_true", help="Load best model instead of last model if available")
-    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
     parser.add_argument("--seed", type=int, default=0, help="Random generator seed")
 
 
@@ -207,7 +207,6 @@ def _enjoy_pretrained(arguments: list[str]) -> None:
     parser.add_argument("task", help="environment ID")
     parser.add_argument("-n", "--n-episodes", type=int, default=3, help="number of episodes")
     parser.add_argument("--no-render", action="store_true", help="Do not render the environment")
-    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
     parser.add_argument("--seed", type=int, default=0, help="Random generator seed")
     args = parser.parse_args(arguments)
     policy = load_pretrained(args.task)
@@ -247,6 +246,7 @@ def record(arguments: list[str]) -> None:
     _add_run_options(parser)
     parser.add_argument("video", nargs="?", type=Path, help="file to write, .mp4 or .gif; by default in the folder of the run")
     parser.add_argument("-n", "--n-timesteps", type=_steps, default=1000, help="number of timesteps")
+    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
     parser.add_argument("--pretrained", action="store_true", help="film the policy that comes with the package")
     args = parser.parse_args(arguments)
     import imageio
@@ -283,7 +283,8 @@ def export(arguments: list[str]) -> None:
     """Write a trained policy for other programs, as ONNX or safetensors."""
     parser = Parser(export, "--env HalfCheetah-v5 policy.onnx")
     _add_run_options(parser)
-    parser.add_argument("file", type=Path, help="file to write, .onnx or .safetensors")
+    parser.add_argument("file", type=Path, help="file to write, .onnx or .safetensors, which holds both kinds of actions")
+    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions (.onnx)")
     args = parser.parse_args(arguments)
     if args.file.suffix not in (".onnx", ".safetensors"):
         parser.error(f"argument file: must end in .onnx or .safetensors, got {str(args.file)!r}")
@@ -308,8 +309,12 @@ def share(arguments: list[str]) -> None:
 
     model, _ = _load(parser, args)
     saved = _saved_arguments(_find_model(parser, args)[1])
-    command = f"sb3-qsm train --algo {args.algo} --env {args.env} --seed {model.seed} -n {saved['n_timesteps']}"
-    policy = write_policy(model, args.env, args.destination, command)
+    command = ["sb3-qsm", "train", "--algo", args.algo, "--env", args.env, "--seed", model.seed, "-n", model.num_timesteps]
+    for option, name in {"-params": "hyperparams", "--env-kwargs": "env_kwargs"}.items():
+        command += [option, *(f"{key}:{value!r}" for key, value in saved[name].items())] if saved[name] else []
+    if saved["conf_file"] and Path(saved["conf_file"]).parent != Path(__file__).parent / "hyperparams":
+        command += ["-c", saved["conf_file"]]
+    policy = write_policy(model, args.env, args.destination, shlex.join(map(str, command)))
     print(f"Policy: {policy}")
     if args.repo:
         print(f"Uploaded: {upload_policy(policy, args.repo)}")

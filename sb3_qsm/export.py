@@ -105,8 +105,11 @@ def exported_policy(model: QSM) -> ExportedPolicy:
     """
     :param model: trained model; its ``VecNormalize``, if it has one, goes along
     :return: a copy of its policy on the CPU, from raw observations to actions
-    :raises ValueError: if the model was trained on observations that ``VecNormalize`` had normalised and has lost it
+    :raises ValueError: if the model is no QSM, or was trained on observations that ``VecNormalize`` had normalised and has
+        lost it
     """
+    if not isinstance(model, QSM):
+        raise ValueError(f"model must be a QSM, got {type(model).__name__}")
     env = model.get_vec_normalize_env()
     if model.observations_normalized and (env is None or not env.norm_obs):
         raise ValueError("env must be the VecNormalize of the training, which holds its statistics: give it to QSM.load")

@@ -90,8 +90,9 @@ def box_score_target(
     """
     The default: :func:`box_target` with the gradient between the denoiser's present answer and the one that a flat Q has.
 
-    With little noise it is taken at the answer, which converges to its own target: the tangent is where it is used, and exact
-    for a quadratic Q too. With much noise the answer is a mean over all that is good; a gradient there would choose for it.
+    With little noise it is taken at the answer, which converges to its own target: the tangent is where it is used, and within
+    the cut exact for a quadratic Q too. With much noise the answer is a mean over all that is good; a gradient there would
+    choose for it.
 
     :param q_fn: value of each action, (B, A) -> (B, 1)
     :param denoised: clean actions that the denoiser answers now, a constant for autograd, shape (B, A)

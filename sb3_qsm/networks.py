@@ -153,7 +153,11 @@ class MLPDenoiser(Denoiser):
 
 
 def mlp(sizes: list[int], activation_fn: type[nn.Module]) -> list[nn.Module]:
-    """Linear layers from sizes[0] to sizes[-1] with activations in between."""
+    """
+    :param sizes: units of the input and of each layer
+    :param activation_fn: activation between the layers
+    :return: linear layers with activations in between
+    """
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), activation_fn()]

@@ -352,7 +352,11 @@ class Critic(ContinuousCritic):
         return tuple(q_network(inputs) for q_network in self.q_networks)
 
     def q1_forward(self, obs: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """As :meth:`forward`, the first critic alone."""
+        """
+        :param obs: observations
+        :param actions: scaled actions, shape (B, A)
+        :return: value by the first critic, shape (B, 1)
+        """
         return self.q_networks[0](self._inputs(obs, actions))
 
 
@@ -378,6 +382,7 @@ class DiffusionPolicy(BasePolicy):
         :class:`~sb3_qsm.representation.Representation`; None for none
     :param diffusion_kwargs: ``n_diffusion_steps``, ``noise_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
         ``denoiser_kwargs``: see :class:`DiffusionActor`
+    :raises ValueError: for an argument out of its range; the message names the argument, its value and the range
     """
 
     actor_class: ClassVar[type[DiffusionActor]] = DiffusionActor
@@ -415,8 +420,8 @@ class DiffusionPolicy(BasePolicy):
             squash_output=True,
             normalize_images=normalize_images,
         )
-        if n_critics < 1:
-            raise ValueError(f"n_critics must be at least 1, got {n_critics!r}")
+        if not hasattr(n_critics, "__index__") or n_critics < 1:
+            raise ValueError(f"n_critics must be an integer of at least 1, got {n_critics!r}")
         if embedding_dim is not None and (type(embedding_dim) is not int or embedding_dim < 1):
             raise ValueError(f"embedding_dim must be None or an integer of at least 1, got {embedding_dim!r}")
         self.net_arch = dict(pi=[256, 256], qf=[128, 128]) if net_arch is None else net_arch
@@ -475,6 +480,9 @@ class DiffusionPolicy(BasePolicy):
         return data
 
     def make_representation(self) -> Representation | None:
+        """
+        :return: a new representation, if ``embedding_dim`` asks for one
+        """
         if self.embedding_dim is None:
             return None
         kwargs = dict(self.net_args, embedding_dim=self.embedding_dim)

@@ -192,9 +192,15 @@ class QSM(OffPolicyAlgorithm):
         self._score_target: ScoreTarget = lookup("score_target", self.score_target, SCORE_TARGETS)
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """
+        Update critics and representation, and at every ``policy_delay``-th step actor and temperature.
+
+        :param gradient_steps: number of batches
+        :param batch_size: transitions in each
+        :raises ValueError: if a loss is not finite
+        """
         self.policy.set_training_mode(True)
-        learning = [self.actor, self.critic] if self.representation is None else [self.actor, self.critic, self.representation]
-        self._update_learning_rate([network.optimizer for network in learning])
+        self._update_learning_rate([network.optimizer for network in self._learning().values()])
         follow_gamma(self)
         metrics: dict[str, list[th.Tensor]] = defaultdict(list)
 
@@ -216,9 +222,7 @@ class QSM(OffPolicyAlgorithm):
                     values |= {"actor_loss": actor_loss, "entropy": entropy, "q_grad": q_grad}
                     values |= {"ent_coef": self.temperature.value(), "ent_coef_loss": self.temperature.update(entropy)}
 
-            if self.representation is not None:
-                values["representation_loss"] = self._update_representation(self.representation, replay_data)
-
+            values |= self._update_representation(replay_data)
             for name, value in values.items():
                 metrics[name].append(value.detach())
             self._n_updates += 1
@@ -230,25 +234,31 @@ class QSM(OffPolicyAlgorithm):
         self.logger.record("train/reward_scale", self.reward_scale.value().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _update_representation(self, representation: Representation, replay_data: ReplayBufferSamples) -> th.Tensor:
+    def _update_representation(self, replay_data: ReplayBufferSamples) -> dict[str, th.Tensor]:
         """
-        One step of the representation, followed by its slow copy, through which actor and critics look.
+        One step of the representation, if there is one, followed by its slow copy, through which actor and critics look.
 
-        :param representation: representation that learns
         :param replay_data: batch of transitions; single steps of the same number, where the replay buffer gives longer returns
-        :return: loss, shape ()
+        :return: loss by its name, shape ()
         """
+        representation, slow = self.representation, self.actor.slow_representation
+        if representation is None or slow is None:
+            return {}
         sample_transitions = getattr(self.replay_buffer, "sample_transitions", None)
         if sample_transitions is not None:
             replay_data = sample_transitions(len(replay_data.actions), env=self._vec_normalize_env)
-        slow = self.actor.slow_representation
-        assert slow is not None
         loss = representation_loss(representation, slow, replay_data, self.reward_scale.value())
         gradient_step(representation.optimizer, loss, "representation_loss")
         if self._n_updates % 10 == 0:  # numbers that move slowly
             representation.update_norm(replay_data.observations)
         polyak_update(representation, slow, self.tau)
-        return loss
+        return {"representation_loss": loss}
+
+    def _learning(self) -> dict[str, Any]:
+        """
+        :return: networks that have an optimizer, by the names of the model's attributes
+        """
+        return {name: net for name in ("actor", "critic", "representation") if (net := getattr(self, name)) is not None}
 
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
@@ -360,9 +370,7 @@ class QSM(OffPolicyAlgorithm):
         return [*super()._excluded_save_params(), "actor", "critic", "critic_target", "representation", "_score_target"]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
-        optimizers = ["actor.optimizer", "critic.optimizer"]
-        optimizers += ["representation.optimizer"] if self.representation is not None else []
-        return ["policy", *optimizers, "temperature", "reward_scale"], []
+        return ["policy", *(f"{name}.optimizer" for name in self._learning()), "temperature", "reward_scale"], []
 
 
 def check_arguments(model: QSM) -> None:
@@ -375,7 +383,8 @@ def check_arguments(model: QSM) -> None:
             f"policy must be one of {sorted(model.policy_aliases)} or a subclass of DiffusionPolicy, got "
             f"{model.policy_class.__qualname__}: perhaps another algorithm's policy or file"
         )
-    for name, kind, high in [("policy_delay", Integral, math.inf), ("pessimism", Real, 1), ("ema_decay", Real, 1)]:
+    own = [("policy_delay", Integral, math.inf), ("pessimism", Real, 1), ("ema_decay", Real, 1)]
+    for name, kind, high in own if model.n_steps is None else [("n_steps", Integral, math.inf), *own]:
         value, low = getattr(model, name), int(kind is Integral)
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
             raise ValueError(f"{name} must be {kind.__name__.lower()} and within [{low}, {high}], got {value!r}")

@@ -132,7 +132,8 @@ def test_train_and_use(launch):
     status, printed, _ = launch("share", "--env", "Pendulum-v1", "policies")
     assert status == 0 and printed.endswith("Policy: policies/Pendulum-v1.safetensors\n")
     card = Path("policies/Pendulum-v1.md").read_text()
-    assert f"sb3-qsm train --algo qsm --env Pendulum-v1 --seed {model.seed} -n 60" in card
+    command = f"sb3-qsm train --algo qsm --env Pendulum-v1 --seed {model.seed} -n 60"
+    assert f"{command} -params batch_size:16 buffer_size:1000 learning_starts:20 'policy_kwargs:" in card
 
 
 def test_policy_that_comes_along(launch):

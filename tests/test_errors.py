@@ -21,6 +21,7 @@ SMALL = dict(learning_starts=10, batch_size=8, buffer_size=100, seed=0, device="
 # Malformed values of each argument of QSM's own, and what the error says is allowed
 BAD_ARGUMENTS = {
     "policy_delay": ([0, 1.5, "2", True], "integral and within [1, inf]"),
+    "n_steps": ([0, -3, 2.5, True], "integral and within [1, inf]"),
     "pessimism": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "ema_decay": ([-0.1, 1.5, math.nan, None], "real and within [0, 1]"),
     "normalize_reward": ([1, "auto", None], "True or False"),
@@ -35,7 +36,7 @@ BAD_DIFFUSIONS = {
     "sampler": (["ddqm", None], "one of ['ddim', 'ddpm']"),
     "preconditioning": (["karras", None], "one of ['edm', 'noise']"),
     "denoiser_class": (["unet", None], "one of ['late_fusion', 'mlp']"),
-    "n_critics": ([0], "at least 1"),
+    "n_critics": ([0, 1.5], "an integer of at least 1"),
 }
 
 

@@ -113,7 +113,7 @@ class ResumeCallback(BaseCallback):
         self._shards_end = (0, 0)
 
     def _init_callback(self) -> None:
-        check_model(self.model)
+        _check_model(self.model)
         folder = Path(self.save_path)
         paths = checkpoints(folder)
         if not paths and (foreign := sorted(path.name for path in folder.glob("*_steps.zip"))):
@@ -138,7 +138,7 @@ class ResumeCallback(BaseCallback):
         """Put model, replay buffer and environment where they were; ``learn`` has reset them, as it does."""
         model: Any = self.model
         path, state, arrays = checkpoint
-        for name, given in describe_run(model).items():
+        for name, given in _describe_run(model).items():
             saved = state["run"].get(name)
             if saved != given and name == "seed":
                 warnings.warn(f"seed={given} is without effect: the run goes on with the random numbers of seed={saved}")
@@ -148,7 +148,7 @@ class ResumeCallback(BaseCallback):
                     "program that began the run, or choose another save_path for another run. To go on in another way, "
                     f"save the model there and {type(model).__name__}.load it here"
                 )
-        here, there = versions(model), state["versions"]
+        here, there = _versions(model), state["versions"]
         if changed := [f"{key} {there.get(key)} -> {here[key]}" for key in here if there.get(key) != here[key]]:
             warnings.warn(f"the run goes on, but perhaps not bit for bit: {', '.join(changed)}")
         if model._total_timesteps != state["total_timesteps"]:
@@ -178,7 +178,7 @@ class ResumeCallback(BaseCallback):
         for shard in rows["shards"]:  # oldest first: later ones overwrite
             start, stop = stop, stop + shard["rows"]
             columns = read_shard(path.parent, shard["sha256"])
-            for name, array in buffer_columns(buffer):
+            for name, array in _buffer_columns(buffer):
                 array[np.arange(start, stop) % buffer.buffer_size] = columns[name]
         self._shards, self._shards_end = rows["shards"], (buffer.pos, model.num_timesteps)
 
@@ -203,7 +203,7 @@ class ResumeCallback(BaseCallback):
             raise ValueError(f"callback must be ResumeCallback or a list with it, got one inside {type(self.parent).__name__}")
         if self._checkpoint is not None:
             _, state, arrays = self._checkpoint
-            restore_callbacks(self.locals.get("callback", self), state["callbacks"], arrays)
+            _restore_callbacks(self.locals.get("callback", self), state["callbacks"], arrays)
 
     def _restore_random(self) -> None:
         """Last of all, since the start of other callbacks may draw random numbers."""
@@ -258,8 +258,8 @@ class ResumeCallback(BaseCallback):
         some = Capture(arrays, strict=False)
         self._write_shards(model.replay_buffer)
         state = {
-            "versions": versions(model),
-            "run": describe_run(model),
+            "versions": _versions(model),
+            "run": _describe_run(model),
             "num_timesteps": model.num_timesteps,
             "total_timesteps": model._total_timesteps,
             "parameters": parameters,
@@ -274,7 +274,7 @@ class ResumeCallback(BaseCallback):
                 "shards": self._shards,
             },
             "env": capture_env("env", model.env, arrays),
-            "callbacks": capture_callbacks(self.locals.get("callback", self), arrays),
+            "callbacks": _capture_callbacks(self.locals.get("callback", self), arrays),
             "random": capture_random(arrays),
         }
         path = folder / f"{self.name_prefix}_{model.num_timesteps}_steps"
@@ -297,14 +297,14 @@ class ResumeCallback(BaseCallback):
             new, shards = filled, []
         if new > 0:
             rows = np.arange(buffer.pos - new, buffer.pos) % buffer.buffer_size
-            sha256 = write_shard({name: array[rows] for name, array in buffer_columns(buffer)}, folder)
+            sha256 = write_shard({name: array[rows] for name, array in _buffer_columns(buffer)}, folder)
             shards.append({"sha256": sha256, "rows": new})
         while shards and sum(shard["rows"] for shard in shards[1:]) >= filled:  # the oldest is overwritten
             shards.pop(0)
         self._shards, self._shards_end = shards, (buffer.pos, self.model.num_timesteps)
 
 
-def check_model(model: BaseAlgorithm) -> None:
+def _check_model(model: BaseAlgorithm) -> None:
     """Raise a ValueError if checkpoints cannot hold a model."""
     name = type(model).__name__
     if not isinstance(model, OffPolicyAlgorithm) or not isinstance(model.replay_buffer, ReplayBuffer):
@@ -321,7 +321,7 @@ def check_model(model: BaseAlgorithm) -> None:
         ) from error
 
 
-def buffer_columns(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
+def _buffer_columns(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
     """Name and array of each column of a replay buffer, shape (buffer_size, n_envs, ...)."""
     for name in COLUMNS:
         array = getattr(buffer, name)
@@ -331,7 +331,7 @@ def buffer_columns(buffer: ReplayBuffer) -> Iterator[tuple[str, np.ndarray]]:
             yield name, array
 
 
-def versions(model: BaseAlgorithm) -> dict[str, str]:
+def _versions(model: BaseAlgorithm) -> dict[str, str]:
     """What must be the same for the same numbers."""
     found = {"python": platform.python_version(), "machine": platform.machine(), "threads": str(th.get_num_threads())}
     for package in (*PACKAGES, type(model).__module__.partition(".")[0]):
@@ -342,7 +342,7 @@ def versions(model: BaseAlgorithm) -> dict[str, str]:
     return found
 
 
-def describe_run(model: Any) -> dict[str, Any]:
+def _describe_run(model: Any) -> dict[str, Any]:
     """JSON for what tells the run of a model from others: algorithm, environment, arguments."""
     env = model.env
     spec = env.unwrapped.envs[0].spec if isinstance(env.unwrapped, DummyVecEnv) else None
@@ -362,7 +362,7 @@ def describe_run(model: Any) -> dict[str, Any]:
     return {name: describe(value) for name, value in described.items() if name not in ("self", "env", *FREE_ARGUMENTS)}
 
 
-def capture_callbacks(root: BaseCallback, arrays: Arrays) -> dict[str, Any]:
+def _capture_callbacks(root: BaseCallback, arrays: Arrays) -> dict[str, Any]:
     """By callback: its attributes that are data and not set by its constructor, and the state of its environments."""
     found = {}
     for name, callback in callbacks_by_name(root).items():
@@ -374,8 +374,8 @@ def capture_callbacks(root: BaseCallback, arrays: Arrays) -> dict[str, Any]:
     return found
 
 
-def restore_callbacks(root: BaseCallback, data: dict[str, Any], arrays: Arrays) -> None:
-    """Give the callbacks of a training what :func:`capture_callbacks` took."""
+def _restore_callbacks(root: BaseCallback, data: dict[str, Any], arrays: Arrays) -> None:
+    """Give the callbacks of a training what :func:`_capture_callbacks` took."""
     callbacks = callbacks_by_name(root)
     if missing := sorted(set(data) - set(callbacks)):
         warnings.warn(f"the checkpoint holds the state of callbacks that are not there: {', '.join(missing)}")

@@ -89,7 +89,7 @@ def choose_replay_buffer(
     observation_space: spaces.Space[Any], n_steps: int | None, given: type[ReplayBuffer] | None, optimize_memory_usage: bool
 ) -> tuple[int, type[ReplayBuffer] | None]:
     """
-    The number of steps and the class that go with a user's arguments: two steps where the user leaves it open.
+    The number of steps and the class that go with a user's arguments: three steps where the user leaves it open.
 
     :param observation_space: space of observations
     :param n_steps: steps of the return, None for the default
@@ -99,7 +99,7 @@ def choose_replay_buffer(
     """
     dictionaries = isinstance(observation_space, spaces.Dict)
     if n_steps is None and given is None and not optimize_memory_usage:
-        return 2, NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
+        return 3, NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
     n_steps = n_steps or 1
     if n_steps > 1 and given is None and not dictionaries:
         return n_steps, NStepReplayBuffer

@@ -60,7 +60,7 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: number of steps of the return before the bootstrap, as in SB3 (not for dictionary observations). By default
-        two, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
+        three, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number in units of the return (the inverse of
         the paper's M_q), or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.

@@ -99,7 +99,7 @@ class Counting(gym.Env):
 
 
 def build(env=None, **kwargs):
-    small = dict(learning_starts=100, buffer_size=100, n_steps=3, policy_kwargs=dict(net_arch=[8]), device="cpu")
+    small = dict(learning_starts=100, buffer_size=100, policy_kwargs=dict(net_arch=[8]), device="cpu")
     return QSM("MlpPolicy", env or Counting(), **small | kwargs)
 
 
@@ -151,8 +151,8 @@ def test_gamma_follows_the_model(tmp_path):
     assert (own.replay_buffer.n_steps, own.replay_buffer.gamma) == (5, 0.8)
 
 
-def test_default_is_two_steps_without_a_warning():
+def test_default_is_three_steps_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # SB3 would take the buffer's class for the user's
-        buffer = QSM("MlpPolicy", Counting(), buffer_size=100, device="cpu").replay_buffer
-    assert type(buffer) is NStepReplayBuffer and buffer.n_steps == 2
+        buffer = build().replay_buffer
+    assert type(buffer) is NStepReplayBuffer and buffer.n_steps == 3

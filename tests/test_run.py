@@ -92,9 +92,9 @@ def test_train_freq_in_episodes():
 @pytest.mark.parametrize(
     "buffer_class, n_steps, kwargs",
     [
-        (NStepReplayBuffer, 2, dict()),
-        (NStepReplayBuffer, 3, dict(n_steps=3)),
-        (NStepDictReplayBuffer, 2, dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False))),
+        (NStepReplayBuffer, 3, dict()),
+        (NStepReplayBuffer, 2, dict(n_steps=2)),
+        (NStepDictReplayBuffer, 3, dict(policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False))),
     ],
 )
 def test_returns_over_several_steps(buffer_class, n_steps, kwargs, tmp_path):

@@ -86,19 +86,20 @@ class Rows(dict[Any, np.ndarray]):
 
 
 def choose_replay_buffer(
-    observation_space: spaces.Space[Any], n_steps: int | None, given: type[ReplayBuffer] | None, optimize_memory_usage: bool
+    observation_space: spaces.Space[Any], n_steps: int | None, given: type[ReplayBuffer] | None, one_step: bool
 ) -> tuple[int, type[ReplayBuffer] | None]:
     """
-    The number of steps and the class that go with a user's arguments: three steps where the user leaves it open.
+    The number of steps and the class that go with a user's arguments: three steps where the user leaves it open,
+    if nothing asks for one.
 
     :param observation_space: space of observations
     :param n_steps: steps of the return, None for the default
     :param given: class that the user asks for
-    :param optimize_memory_usage: whether the buffer shall hold each observation once, which n-step returns cannot do
+    :param one_step: whether the default is one step, for instance where each observation shall be stored once
     :return: steps of the return, and the class; None leaves the class to SB3
     """
     dictionaries = isinstance(observation_space, spaces.Dict)
-    if n_steps is None and given is None and not optimize_memory_usage:
+    if n_steps is None and given is None and not one_step:
         return 3, NStepDictReplayBuffer if dictionaries else NStepReplayBuffer
     n_steps = n_steps or 1
     if n_steps > 1 and given is None and not dictionaries:

@@ -60,7 +60,7 @@ class QSM(OffPolicyAlgorithm):
     :param replay_buffer_kwargs: Keyword arguments to pass to the replay buffer on creation.
     :param optimize_memory_usage: Enable a memory efficient variant of the replay buffer at a cost of more complexity.
     :param n_steps: number of steps of the return before the bootstrap, as in SB3 (not for dictionary observations). By default
-        three, also for those; one with a ``replay_buffer_class`` (for instance HER) or ``optimize_memory_usage``
+        three, also for those; one with ``keep_modes``, a ``replay_buffer_class`` (for instance HER), ``optimize_memory_usage``
     :param ent_coef: temperature lambda of the policy exp(Q / lambda), a positive number in units of the return (the inverse of
         the paper's M_q), or ``"auto"`` to learn it (``"auto_0.1"`` starts at 0.1)
     :param target_update_interval: update the target network every ``target_update_interval`` gradient steps.
@@ -176,8 +176,9 @@ class QSM(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         check_arguments(self)
         given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
+        one_step = self.optimize_memory_usage or self.keep_modes
         self.n_steps, self.replay_buffer_class = choose_replay_buffer(
-            self.observation_space, self.n_steps, self.replay_buffer_class, self.optimize_memory_usage
+            self.observation_space, self.n_steps, self.replay_buffer_class, one_step
         )
         if self.replay_buffer_class is not None and self.n_steps > 1 and given[1] is None:
             self.replay_buffer_kwargs = {"n_steps": self.n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}

@@ -112,6 +112,7 @@ def test_returns_over_several_steps(buffer_class, n_steps, kwargs, tmp_path):
     "kwargs",
     [
         dict(n_steps=1),
+        dict(keep_modes=True),
         dict(replay_buffer_class=ReplayBuffer),
         dict(optimize_memory_usage=True, replay_buffer_kwargs=dict(handle_timeout_termination=False)),
         dict(n_steps=1, policy="MultiInputPolicy", env=SimpleMultiObsEnv(discrete_actions=False)),

@@ -207,6 +207,7 @@ def _enjoy_pretrained(arguments: list[str]) -> None:
     parser.add_argument("task", help="environment ID")
     parser.add_argument("-n", "--n-episodes", type=int, default=3, help="number of episodes")
     parser.add_argument("--no-render", action="store_true", help="Do not render the environment")
+    parser.add_argument("--stochastic", action="store_true", help="Use stochastic actions")
     parser.add_argument("--seed", type=int, default=0, help="Random generator seed")
     args = parser.parse_args(arguments)
     policy = load_pretrained(args.task)

@@ -1,6 +1,6 @@
 """
-Four equally good ways through many steps: a point in the plane, goals on four sides. SAC takes one of them, the defaults of
-QSM keep some, ``keep_modes`` more. Ten to fifteen minutes:
+Four equally good ways through many steps: a point in the plane, goals on four sides. SAC and the defaults of QSM take one or
+two of them, ``keep_modes`` keeps them. Five to ten minutes:
 
     pip install -e ".[benchmarks]"  # for matplotlib, the progress bar and the environment
     python examples/four_ways.py

@@ -232,6 +232,6 @@ def test_results_page_has_the_measured_numbers(suite):
 
 def test_pictures_of_the_pages_are_drawn_from_the_results():
     names = {name for name, _ in of_pages(RESULTS)}
-    assert {f"{name}.png" for name in names} | {"four_goals.png", "denoising.gif", "robots.gif"} == {
+    assert {f"{name}.png" for name in names} | {"four_goals.png", "four_ways.png", "denoising.gif", "robots.gif"} == {
         it.name for it in (ROOT / "docs" / "images").iterdir()
     }

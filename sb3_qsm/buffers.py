@@ -89,8 +89,7 @@ def choose_replay_buffer(
     observation_space: spaces.Space[Any], n_steps: int | None, given: type[ReplayBuffer] | None, one_step: bool
 ) -> tuple[int, type[ReplayBuffer] | None]:
     """
-    The number of steps and the class that go with a user's arguments: three steps where the user leaves it open,
-    if nothing asks for one.
+    The number of steps and the class that go with a user's arguments: three steps where these leave it open.
 
     :param observation_space: space of observations
     :param n_steps: steps of the return, None for the default

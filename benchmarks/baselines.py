@@ -25,18 +25,20 @@ from sb3_qsm.samplers import ddpm_sample
 
 class Baseline(QSM):
     """
-    What these share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser, and no
-    temperature.
+    What these share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser that
+    learns no variance, and no temperature.
 
     :param policy: as for QSM
     :param env: as for QSM
+    :param policy_kwargs: as for QSM
     :param kwargs: arguments of QSM
     """
 
     replay_buffer: ReplayBuffer
 
-    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
-        super().__init__(policy, env, **{"policy_delay": 1, "ent_coef": 1.0, **kwargs})
+    def __init__(self, policy: Any, env: Any, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        policy_kwargs = {"learn_variance": False, **(policy_kwargs or {})}
+        super().__init__(policy, env, policy_kwargs=policy_kwargs, **{"policy_delay": 1, "ent_coef": 1.0, **kwargs})
 
     def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -72,7 +74,7 @@ class Baseline(QSM):
         t = th.randint(len(self.actor.ratios), (len(actions),), device=self.device)
         ratio = self.actor.ratios[t, None]
         noisy_actions = actions + ratio * th.randn_like(actions)
-        error = (self.actor.denoise(observations, noisy_actions, t) - actions) / self.actor.preconditioning(ratio).c_out
+        error = (self.actor.denoise(observations, noisy_actions, t)[0] - actions) / self.actor.preconditioning(ratio).c_out
         return (weights * error**2).mean()
 
 
@@ -315,9 +317,9 @@ class DACERStyle(Baseline):
         :return: one noisy action each, differentiable in the actor's weights, shape (B, A)
         """
 
-        def denoise(u: th.Tensor, t: int) -> th.Tensor:
+        def denoise(u: th.Tensor, t: int) -> tuple[th.Tensor, float]:
             levels = th.full((len(u),), t, device=self.device)
-            return InwardClamp.apply(self.actor.denoise(observations, u, levels))  # type: ignore[no-untyped-call]
+            return InwardClamp.apply(self.actor.denoise(observations, u, levels)[0]), 0.0  # type: ignore[no-untyped-call]
 
         ratios = self.actor.levels
         shape = (2 + len(ratios), len(observations), get_action_dim(self.action_space))

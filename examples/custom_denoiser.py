@@ -21,11 +21,12 @@ from sb3_qsm.networks import Denoiser
 class FactorisedDenoiser(Denoiser):
     """Each dimension is denoised from the features, its own noisy value, and one learnt vector for each level."""
 
-    def __init__(self, features_dim, action_dim, n_diffusion_steps, net_arch):
-        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
+    def __init__(self, features_dim, action_dim, n_diffusion_steps, net_arch, output_dim):
+        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch, output_dim)
         self.levels = nn.Embedding(n_diffusion_steps, 16)
         self.nets = nn.ModuleList(
-            nn.Sequential(*create_mlp(features_dim + 1 + 16, 1, net_arch, nn.SiLU)) for _ in range(action_dim)
+            nn.Sequential(*create_mlp(features_dim + 1 + 16, output_dim // action_dim, net_arch, nn.SiLU))
+            for _ in range(action_dim)
         )
 
     def forward(self, features, noisy_actions, t):
@@ -34,7 +35,7 @@ class FactorisedDenoiser(Denoiser):
             net(th.cat([features, action[:, None], level], dim=1))
             for net, action in zip(self.nets, noisy_actions.unbind(dim=1), strict=True)
         ]
-        return th.cat(outputs, dim=1)
+        return th.stack(outputs, dim=2).flatten(1)  # all means, then all variances
 
 
 def main(steps=4000, path="custom_denoiser.png"):

@@ -122,6 +122,23 @@ def published_score_target(
 SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score_target, "published": published_score_target}
 
 
+def posterior_variance(denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor) -> th.Tensor:
+    """
+    Variance of the clean action given the noisy one: Var[a_0 | u] = r^2 d E[a_0 | u] / du, so that a mean implies it (Manor and
+    Michaeli, 2024, arXiv:2309.13598, Theorem 1).
+
+    Each dimension's derivative is estimated with one random sign for each dimension, which is right on average.
+
+    :param denoised: mean of the clean action as computed from ``noisy_actions``, whose graph is kept, shape (B, A)
+    :param noisy_actions: u, shape (B, A)
+    :param ratio: noise-to-signal ratio r, shape (B, 1)
+    :return: variance, a constant for autograd, shape (B, A)
+    """
+    signs = th.randint_like(denoised, 2) * 2 - 1
+    (slopes,) = th.autograd.grad(denoised, noisy_actions, signs, retain_graph=True)
+    return ratio**2 * signs * slopes
+
+
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:
     """
     Squared error of the predicted clean action in units of ``scale``.

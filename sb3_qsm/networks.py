@@ -44,9 +44,12 @@ class Denoiser(nn.Module):
     :param action_dim: number of action dimensions A
     :param n_diffusion_steps: number of levels T
     :param net_arch: units of each hidden layer
+    :param output_dim: number of outputs: 2 A where the variance is learnt beside the mean, A otherwise
     """
 
-    def __init__(self, features_dim: int, action_dim: int, n_diffusion_steps: int, net_arch: list[int]) -> None:
+    def __init__(
+        self, features_dim: int, action_dim: int, n_diffusion_steps: int, net_arch: list[int], output_dim: int
+    ) -> None:
         super().__init__()
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
@@ -54,7 +57,8 @@ class Denoiser(nn.Module):
         :param features: features of the observations, shape (B, F)
         :param noisy_actions: actions to denoise, scaled to about unit variance, shape (B, A)
         :param t: level of all samples (an integer), or of each sample, shape (B,)
-        :return: network output, shape (B, A); what it stands for is set by the preconditioning
+        :return: network output, shape (B, output_dim): first what the preconditioning makes a mean of, then the excess of the
+            variance over the best linear guess's, in units of that
         """
         raise NotImplementedError
 
@@ -77,6 +81,7 @@ class LateFusionDenoiser(Denoiser):
     :param action_dim: number of action dimensions A
     :param n_diffusion_steps: number of levels T
     :param net_arch: units of each hidden layer; with fewer than two, the action joins at the last layer
+    :param output_dim: number of outputs
     :param activation_fn: activation function
     """
 
@@ -86,16 +91,17 @@ class LateFusionDenoiser(Denoiser):
         action_dim: int,
         n_diffusion_steps: int,
         net_arch: list[int],
+        output_dim: int,
         activation_fn: type[nn.Module] = nn.ReLU,
     ) -> None:
-        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
+        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch, output_dim)
         sizes = [features_dim, *net_arch]
         joined = sizes[:3][-1]
         self.encoder = nn.Sequential(*mlp(sizes[:3], activation_fn))
         self.action_layer = nn.Linear(action_dim, joined)
         nn.init.zeros_(self.action_layer.bias)  # the levels have one each
         self.levels = nn.Parameter(0.5 * th.randn(n_diffusion_steps, joined))
-        self.head = nn.ModuleList([activation_fn(), *mlp([joined, *sizes[3:], action_dim], activation_fn)])
+        self.head = nn.ModuleList([activation_fn(), *mlp([joined, *sizes[3:], output_dim], activation_fn)])
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
         hidden = self.action_layer(noisy_actions) + (self.encoder(features) + self.levels[t])
@@ -124,6 +130,7 @@ class MLPDenoiser(Denoiser):
     :param action_dim: number of action dimensions A
     :param n_diffusion_steps: number of levels T
     :param net_arch: units of each hidden layer
+    :param output_dim: number of outputs
     :param activation_fn: activation function
     :param time_dim: number of Fourier features of the level
     :param time_net_arch: units of each layer of the network on the Fourier features
@@ -137,15 +144,16 @@ class MLPDenoiser(Denoiser):
         action_dim: int,
         n_diffusion_steps: int,
         net_arch: list[int],
+        output_dim: int,
         activation_fn: type[nn.Module] = nn.ReLU,
         time_dim: int = 64,
         time_net_arch: tuple[int, ...] = (128, 128),
     ) -> None:
-        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
+        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch, output_dim)
         self.register_buffer("levels", th.arange(n_diffusion_steps, dtype=th.float32), persistent=False)
         self.time_net = nn.Sequential(FourierFeatures(time_dim), *mlp([time_dim, *time_net_arch], activation_fn))
         inputs = action_dim + features_dim + time_net_arch[-1]
-        self.layers = nn.Sequential(*mlp([inputs, *net_arch, action_dim], activation_fn))
+        self.layers = nn.Sequential(*mlp([inputs, *net_arch, output_dim], activation_fn))
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
         time_features = self.time_net(self.levels)[t].expand(features.shape[0], -1)

@@ -67,6 +67,8 @@ class DiffusionActor(BasePolicy):
     :param sampler: Reverse chain: "ddpm", "ddim", or a function like :func:`~sb3_qsm.samplers.ddpm_sample`
     :param preconditioning: What the network predicts: "edm", "noise", or a function like
         :func:`~sb3_qsm.networks.edm_preconditioning`
+    :param learn_variance: Whether the denoiser learns the variance of a clean action beside its mean, so that each step draws
+        as widely as the policy it aims at; without it a chain takes its guesses for certain
     :param denoiser_class: Network to use: "late_fusion", "mlp", or a subclass of :class:`~sb3_qsm.networks.Denoiser`
     :param denoiser_kwargs: Keyword arguments for ``denoiser_class``
     :raises ValueError: for a number of steps below 1, for unknown names, and for ratios that do not rise from above 0
@@ -90,6 +92,7 @@ class DiffusionActor(BasePolicy):
         noise_schedule: str | NoiseSchedule = "geometric",
         sampler: str | Sampler = "ddpm",
         preconditioning: Any = "edm",
+        learn_variance: bool = True,
         denoiser_class: str | type[Denoiser] = "late_fusion",
         denoiser_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -116,6 +119,7 @@ class DiffusionActor(BasePolicy):
             noise_schedule=noise_schedule,
             sampler=sampler,
             preconditioning=preconditioning,
+            learn_variance=learn_variance,
             denoiser_class=denoiser_class,
             denoiser_kwargs=denoiser_kwargs,
         )
@@ -123,6 +127,7 @@ class DiffusionActor(BasePolicy):
         self.register_buffer("ratios", ratios.float(), persistent=False)
         self.sampler = lookup("sampler", sampler, SAMPLERS)
         self.preconditioning = lookup("preconditioning", preconditioning, PRECONDITIONINGS)
+        self.learn_variance = learn_variance
         # A batch looks its level up; a chain spends its time in dispatch, where python's floats are cheapest, but as factors
         self.levels: list[float] = self.ratios.tolist()
         self.start_std = (1 + self.ratios[-1] ** 2).sqrt()
@@ -132,7 +137,10 @@ class DiffusionActor(BasePolicy):
         self.slow_representation = representation and copy.deepcopy(representation).requires_grad_(False).eval()
         inputs = features_dim + (representation.embedding_dim if representation else 0)
         network = lookup("denoiser_class", denoiser_class, DENOISERS)
-        self.denoiser: Denoiser = network(inputs, self.action_dim, n_diffusion_steps, net_arch, **(denoiser_kwargs or {}))
+        outputs = self.action_dim * (2 if learn_variance else 1)
+        self.denoiser: Denoiser = network(
+            inputs, self.action_dim, n_diffusion_steps, net_arch, outputs, **(denoiser_kwargs or {})
+        )
         self.average = copy.deepcopy(nn.ModuleDict(self.networks())).requires_grad_(False).eval()
         self.register_buffer("n_averaged", th.zeros(()))
 
@@ -169,34 +177,41 @@ class DiffusionActor(BasePolicy):
         """
         return nullcontext() if self.slow_representation is None else self.slow_representation.remembering(*observations)
 
-    def denoise(self, obs: PyTorchObs, noisy_actions: th.Tensor, t: th.Tensor) -> th.Tensor:
+    def denoise(self, obs: PyTorchObs, noisy_actions: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         The clean actions that the network sees in noisy ones.
 
         :param obs: observations
         :param noisy_actions: scaled actions with noise, u = a_0 + r_t z, shape (B, A)
         :param t: level of each sample, shape (B,)
-        :return: clean actions, not clipped, shape (B, A)
+        :return: mean of the clean actions, not clipped, and their variance, which may still be negative, each of shape (B, A);
+            without ``learn_variance`` the second has no columns
         """
         features = self.extract_features(obs, self.features_extractor)
         c_skip, c_out, c_in = self.preconditioning(self.ratios[t, None])
-        return c_skip * noisy_actions + c_out * self.denoiser(features, c_in * noisy_actions, t)
+        outputs = self.denoiser(features, c_in * noisy_actions, t)
+        mean, excess = outputs[:, : self.action_dim], outputs[:, self.action_dim :]
+        return c_skip * noisy_actions + c_out * mean, c_out**2 * (1 + excess)
 
     def denoise_fn(self, obs: PyTorchObs, average: bool = False) -> DenoiseFn:
         """
-        :meth:`denoise` for one chain: the observations' share of the work is done once.
+        :meth:`denoise` for one chain: the observations' share of the work is done once, and no variance is negative.
 
         :param obs: observations
         :param average: whether to use the running mean of the weights
-        :return: (u of shape (B, A), level t) -> clean actions of shape (B, A)
+        :return: (u of shape (B, A), level t) -> mean of the clean actions and their variance, each of shape (B, A)
         """
         networks: Any = self.average if average else self.networks()
         predict = networks["denoiser"].condition(self.extract_features(obs, networks["features_extractor"]))
-        coefficients = self.coefficients
+        coefficients, learn_variance = self.coefficients, self.learn_variance
 
-        def denoise(u: th.Tensor, t: int) -> th.Tensor:
+        def denoise(u: th.Tensor, t: int) -> tuple[th.Tensor, th.Tensor | float]:
             c_skip, c_out, c_in = coefficients[t]
-            return (c_skip * u).add_(predict(c_in * u, t), alpha=c_out)
+            outputs = predict(c_in * u, t)
+            if not learn_variance:
+                return (c_skip * u).add_(outputs, alpha=c_out), 0.0
+            mean, excess = outputs.chunk(2, dim=1)
+            return (c_skip * u).add_(mean, alpha=c_out), (1 + excess).clamp_(min=0).mul_(c_out**2)
 
         return denoise
 
@@ -380,8 +395,8 @@ class DiffusionPolicy(BasePolicy):
     :param layer_norm: Whether the critics normalise each hidden layer
     :param embedding_dim: Units of the embeddings that critics and denoiser see beside the features, see
         :class:`~sb3_qsm.representation.Representation`; None for none
-    :param diffusion_kwargs: ``n_diffusion_steps``, ``noise_schedule``, ``sampler``, ``preconditioning``, ``denoiser_class``,
-        ``denoiser_kwargs``: see :class:`DiffusionActor`
+    :param diffusion_kwargs: ``n_diffusion_steps``, ``noise_schedule``, ``sampler``, ``preconditioning``, ``learn_variance``,
+        ``denoiser_class``, ``denoiser_kwargs``: see :class:`DiffusionActor`
     :raises ValueError: for an argument out of its range; the message names the argument, its value and the range
     """
 

@@ -29,7 +29,7 @@ def running_clip_sample(
     u = start
     for t in reversed(range(len(ratios))):
         ratio, next_ratio = ratios[t], ratios[t - 1] if t > 0 else 0.0
-        u = denoise_fn(u, t).lerp(u, (next_ratio / ratio) ** 2)
+        u = denoise_fn(u, t)[0].lerp(u, (next_ratio / ratio) ** 2)
         next_alpha = 1 / math.sqrt(1 + next_ratio**2)
         if t > 0:
             beta = (ratio**2 - next_ratio**2) / (1 + ratio**2)
@@ -58,6 +58,7 @@ PUBLISHED_POLICY: dict[str, Any] = dict(
     noise_schedule="vp",
     sampler=running_clip_sample,
     preconditioning="noise",
+    learn_variance=False,
     denoiser_class="mlp",
     denoiser_kwargs=dict(activation_fn=nn.Mish),
 )

@@ -21,7 +21,15 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from sb3_qsm.buffers import choose_replay_buffer
-from sb3_qsm.losses import SCORE_TARGETS, ScoreTarget, boltzmann_mean, box_entropy, score_matching_loss, undecided_ent_coef
+from sb3_qsm.losses import (
+    SCORE_TARGETS,
+    ScoreTarget,
+    boltzmann_mean,
+    box_entropy,
+    posterior_variance,
+    score_matching_loss,
+    undecided_ent_coef,
+)
 from sb3_qsm.normalization import RewardScale
 from sb3_qsm.policies import (
     CnnPolicy,
@@ -324,16 +332,19 @@ class QSM(OffPolicyAlgorithm):
         observations, actions = replay_data.observations, replay_data.actions
         t = th.randint(len(self.actor.ratios), (len(actions),), device=self.device)
         ratio = self.actor.ratios[t, None]
-        noisy_actions = actions + ratio * th.randn_like(actions)
-        denoised = self.actor.denoise(observations, noisy_actions, t)
+        noisy_actions = (actions + ratio * th.randn_like(actions)).requires_grad_(self.actor.learn_variance)
+        denoised, variance = self.actor.denoise(observations, noisy_actions, t)
 
         def q_fn(actions: th.Tensor) -> th.Tensor:
             return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
 
         ent_coef = self._ent_coef()
         level_ent_coef = undecided_ent_coef(ent_coef, ratio, td_error) if self.keep_modes else ent_coef
-        target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions, ratio, level_ent_coef)
-        loss = score_matching_loss(denoised, target, self.actor.preconditioning(ratio).c_out)
+        target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions.detach(), ratio, level_ent_coef)
+        c_out = self.actor.preconditioning(ratio).c_out
+        loss = score_matching_loss(denoised, target, c_out)
+        if self.actor.learn_variance:
+            loss = loss + score_matching_loss(variance, posterior_variance(denoised, noisy_actions, ratio), c_out**2)
         entropy = box_entropy(q_grad / ent_coef).sum(dim=1).mean()
         return loss, entropy, self.reward_scale.value() * q_grad.abs().mean()
 

@@ -124,8 +124,8 @@ SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score_target, "published": p
 
 def posterior_variance(denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     """
-    Variance of the clean action given the noisy one: Var[a_0 | u] = r^2 d E[a_0 | u] / du, so that a mean implies it (Manor and
-    Michaeli, 2024, arXiv:2309.13598, Theorem 1).
+    Variance of the clean action given the noisy one, which its mean implies: Var[a_0 | u] = r^2 d E[a_0 | u] / du (Manor and
+    Michaeli, 2024, arXiv:2309.13598, Theorem 1), and at most 1 - E[a_0 | u]^2, as of anything within [-1, 1].
 
     Each dimension's derivative is estimated with one random sign for each dimension, which is right on average.
 
@@ -136,7 +136,7 @@ def posterior_variance(denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.
     """
     signs = th.randint_like(denoised, 2) * 2 - 1
     (slopes,) = th.autograd.grad(denoised, noisy_actions, signs, retain_graph=True)
-    return ratio**2 * signs * slopes
+    return (ratio**2 * signs * slopes).minimum(1 - denoised.detach().clamp(-1, 1) ** 2)
 
 
 def score_matching_loss(prediction: th.Tensor, target: th.Tensor, scale: th.Tensor) -> th.Tensor:

@@ -142,7 +142,7 @@ def test_denoising_loss_is_that_of_the_noise():
     t = th.randint(3, (16,))
     noise, ratio = th.randn_like(data.actions), model.actor.ratios[t, None]
     noisy_actions = data.actions + ratio * noise
-    predicted_noise = (noisy_actions - model.actor.denoise(data.observations, noisy_actions, t)) / ratio
+    predicted_noise = (noisy_actions - model.actor.denoise(data.observations, noisy_actions, t)[0]) / ratio
     assert loss.item() == pytest.approx(((predicted_noise - noise) ** 2).mean().item(), rel=1e-4)
 
 

@@ -14,6 +14,7 @@ from sb3_qsm.losses import (
     box_entropy,
     box_score_target,
     box_target,
+    posterior_variance,
     published_score_target,
     published_target,
     score_matching_loss,
@@ -178,6 +179,37 @@ def test_action_gradient(grad_enabled):
     np.testing.assert_allclose(gradient - critic.weight.detach(), [[-1.0, 6.0], [0.0, -12.0]], atol=1e-6)
     assert not gradient.requires_grad
     assert critic.weight.grad is None and critic.bias.grad is None and actions.grad is None
+
+
+def test_posterior_variance_by_hand():
+    """r^2 times the diagonal of the derivative, on average over signs, whatever couples the dimensions."""
+    slopes = th.tensor([[0.3, 0.2], [-0.4, 0.1]])
+    noisy_actions = th.zeros(20_000, 2, requires_grad=True)
+    ratio = th.tensor([0.5, 2.0]).repeat(10_000)[:, None]
+    variance = posterior_variance(noisy_actions @ slopes, noisy_actions, ratio)
+    assert not variance.requires_grad
+    # Each is the diagonal plus or minus what couples it: 0.3 +- 0.2 and 0.1 +- 0.4, times r^2, and at most 1
+    for r, wanted in [(0.5, [[0.025, 0.125], [-0.075, 0.125]]), (2.0, [[0.4, 1.0], [-1.2, 1.0]])]:
+        of_level = variance[ratio[:, 0] == r]
+        for column, values in zip(of_level.T, wanted, strict=True):
+            th.testing.assert_close(column.unique(), th.tensor(values))
+            assert (column == column.max()).float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("mean, std", [(0.4, 0.3), (2.0, 0.7), (-30.0, 1.5)])
+def test_posterior_variance_is_that_of_a_truncated_normal(mean, std):
+    """For a flat Q the clean action is normal around u on the box; its variance by quadrature."""
+    u, ratio = th.tensor([[mean]], dtype=th.double, requires_grad=True), th.tensor([[std]], dtype=th.double)
+    grid = th.linspace(-1, 1, 200_001, dtype=th.double)
+    weights = th.softmax(-0.5 * ((grid - mean) / std) ** 2, dim=0)
+    expected = (weights * (grid - (weights * grid).sum()) ** 2).sum().item()
+    variance = posterior_variance(truncated_normal_mean(u, ratio), u, ratio)
+    assert variance.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_variance_is_at_most_that_of_the_two_ends():
+    u = th.tensor([[0.6]], requires_grad=True)
+    assert posterior_variance(1 * u, u, th.tensor([[2.0]])).item() == pytest.approx(1 - 0.36)
 
 
 def test_score_matching_loss_by_hand():

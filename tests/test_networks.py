@@ -41,10 +41,10 @@ def test_fourier_features_by_hand():
 @pytest.mark.parametrize("denoiser_class", DENOISERS.values())
 @pytest.mark.parametrize("net_arch", [[], [16], [16, 8], [16, 8, 4]])
 def test_condition_equals_forward(net_arch, denoiser_class):
-    denoiser = denoiser_class(F, A, T, net_arch)
+    denoiser = denoiser_class(F, A, T, net_arch, 2 * A)
     features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.tensor([0, 1, 2, 3, 3, 0, 2])
     whole = denoiser(features, noisy_actions, t)
-    assert whole.shape == (B, A)
+    assert whole.shape == (B, 2 * A)
     predict = denoiser.condition(features)
     for level in range(T):  # a chain gives the level as an integer
         rows = t == level
@@ -54,7 +54,7 @@ def test_condition_equals_forward(net_arch, denoiser_class):
 
 @pytest.mark.parametrize("net_arch", [[], [16, 8]])
 def test_is_an_mlp_on_the_concatenation(net_arch):
-    denoiser = MLPDenoiser(F, A, T, net_arch, activation_fn=nn.Mish, time_dim=6, time_net_arch=(10, 4))
+    denoiser = MLPDenoiser(F, A, T, net_arch, A, activation_fn=nn.Mish, time_dim=6, time_net_arch=(10, 4))
     features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.arange(B) % T
     inputs = th.cat([noisy_actions, features, denoiser.time_net(t.float())], dim=1)
     np.testing.assert_allclose(denoiser(features, noisy_actions, t).detach(), denoiser.layers(inputs).detach(), atol=1e-5)
@@ -66,7 +66,7 @@ def test_is_an_mlp_on_the_concatenation(net_arch):
 @pytest.mark.parametrize("net_arch", [[], [16], [16, 8, 4]])
 def test_late_fusion_joins_the_action_at_the_second_layer(net_arch):
     """Up to there it is a network of the features alone: W2 relu(W1 f + b1) + b2 + U a + c + v_t, then relu and the rest."""
-    denoiser = LateFusionDenoiser(F, A, T, net_arch)
+    denoiser = LateFusionDenoiser(F, A, T, net_arch, A)
     features, noisy_actions, t = th.randn(B, F), th.randn(B, A), th.arange(B) % T
     linear = [layer for layer in denoiser.encoder if isinstance(layer, nn.Linear)]
     hidden = features
@@ -91,7 +91,7 @@ def test_late_fusion_looks_at_the_observation_once_per_chain():
 @pytest.mark.parametrize("denoiser_class", DENOISERS.values())
 def test_every_weight_learns(denoiser_class):
     th.manual_seed(0)
-    denoiser = denoiser_class(F, A, T, [16, 8])
+    denoiser = denoiser_class(F, A, T, [16, 8], 2 * A)
     denoiser(th.randn(B, F), th.randn(B, A), th.arange(B) % T).square().mean().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in denoiser.parameters())
 
@@ -101,11 +101,11 @@ def test_base_class():
         def forward(self, features, noisy_actions, t):
             return noisy_actions + features[:, :A] + t
 
-    denoiser = Sum(F, A, T, [])
+    denoiser = Sum(F, A, T, [], A)
     features, noisy_actions = th.randn(B, F), th.randn(B, A)
     assert th.equal(denoiser.condition(features)(noisy_actions, 2), noisy_actions + features[:, :A] + 2)
     with pytest.raises(NotImplementedError):
-        Denoiser(F, A, T, [])(features, noisy_actions, 0)
+        Denoiser(F, A, T, [], A)(features, noisy_actions, 0)
 
 
 def test_noise_preconditioning():
@@ -136,8 +136,10 @@ def test_chain_and_batch_denoise_alike(preconditioning):
     obs, noisy_actions = th.rand(B, F), th.randn(B, A)
     denoise = actor.denoise_fn(obs)
     for t in range(T):
-        expected = actor.denoise(obs, noisy_actions, th.full((B,), t))
-        np.testing.assert_allclose(denoise(noisy_actions, t).detach(), expected.detach(), atol=1e-5)
+        mean, variance = actor.denoise(obs, noisy_actions, th.full((B,), t))
+        of_chain = denoise(noisy_actions, t)
+        np.testing.assert_allclose(of_chain[0].detach(), mean.detach(), atol=1e-5)
+        np.testing.assert_allclose(of_chain[1].detach(), variance.detach().clamp(min=0), atol=1e-5)
 
 
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
@@ -145,8 +147,26 @@ def test_denoise_applies_the_preconditioning(preconditioning):
     actor = make_actor(n_diffusion_steps=T, preconditioning=preconditioning)
     obs, noisy_actions, t = th.rand(B, F), th.randn(B, A), th.arange(B) % T
     skip, out, scale_in = PRECONDITIONINGS[preconditioning](geometric_ratios(T).float()[t, None])
-    expected = skip * noisy_actions + out * actor.denoiser(obs, scale_in * noisy_actions, t)
-    np.testing.assert_allclose(actor.denoise(obs, noisy_actions, t).detach(), expected.detach(), atol=1e-6)
+    answer, excess = actor.denoiser(obs, scale_in * noisy_actions, t).chunk(2, dim=1)
+    mean, variance = actor.denoise(obs, noisy_actions, t)
+    np.testing.assert_allclose(mean.detach(), (skip * noisy_actions + out * answer).detach(), atol=1e-6)
+    np.testing.assert_allclose(variance.detach(), (out**2 * (1 + excess)).detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_no_variance_of_a_chain_is_negative():
+    actor = make_actor(n_diffusion_steps=T)
+    with th.no_grad():
+        actor.denoiser.head[-1].bias[A:] = -3.0
+        _, of_batch = actor.denoise(th.rand(B, F), th.randn(B, A), th.arange(B) % T)
+        _, of_chain = actor.denoise_fn(th.rand(B, F))(th.randn(B, A), 1)
+    assert (of_batch < 0).all() and (of_chain == 0).all()
+
+
+def test_without_a_variance_guesses_are_certain():
+    actor = make_actor(n_diffusion_steps=T, learn_variance=False)
+    assert actor.denoiser(th.rand(B, F), th.randn(B, A), 0).shape == (B, A)
+    assert actor.denoise(th.rand(B, F), th.randn(B, A), th.arange(B) % T)[1].numel() == 0
+    assert actor.denoise_fn(th.rand(B, F))(th.randn(B, A), 0)[1] == 0.0
 
 
 def test_sample_reads_noise_by_level():
@@ -179,17 +199,17 @@ def test_chain_goes_through_every_module(denoiser_class):
     layers = {name: layer for name, layer in actor.denoiser.named_modules() if not list(layer.children())}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *args, name=name: called.add(name))
-    before = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
+    before, _ = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
     assert called == {name for name in layers if not isinstance(layers[name], nn.Identity)}
     name = next(name for name, layer in reversed(layers.items()) if isinstance(layer, nn.Linear))
     old = actor.denoiser.get_submodule(name)
     adapted = Adapted(old.in_features, old.out_features)
     adapted.load_state_dict(old.state_dict())
     actor.denoiser.set_submodule(name, adapted)
-    after = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
+    after, _ = actor.denoise_fn(th.zeros(B, F))(th.zeros(B, A), 1)
     assert (after - before).abs().min() > 0.05
     np.testing.assert_allclose(
-        after.detach(), actor.denoise(th.zeros(B, F), th.zeros(B, A), th.ones(B).long()).detach(), atol=1e-5
+        after.detach(), actor.denoise(th.zeros(B, F), th.zeros(B, A), th.ones(B).long())[0].detach(), atol=1e-5
     )
 
 

@@ -39,9 +39,15 @@ def moments(rows):
     return rows[0].item(), (rows[1:] - rows[0]).norm().item()
 
 
-def gaussian_denoiser(ratios):
-    """Exact E[a_0 | u] for a_0 ~ N(MEAN, STD^2)."""
-    return lambda u, t: (ratios[t] ** 2 * MEAN + STD**2 * u) / (ratios[t] ** 2 + STD**2)
+def gaussian_denoiser(ratios, certain=True):
+    """Exact E[a_0 | u] for a_0 ~ N(MEAN, STD^2), with or without its variance."""
+
+    def denoise(u, t):
+        total = ratios[t] ** 2 + STD**2
+        variance = 0.0 if certain else th.full_like(u, ratios[t] ** 2 * STD**2 / total)
+        return (ratios[t] ** 2 * MEAN + STD**2 * u) / total, variance
+
+    return denoise
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -55,6 +61,18 @@ def test_gaussian_law(name):
         errors.append(abs(std - STD))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.011
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 20])
+def test_a_chain_that_knows_the_variance_draws_exactly(n_steps):
+    """However few its steps: for a normal policy each step of the reverse chain is normal."""
+    ratios = geometric_ratios(n_steps).tolist()
+    _, noise = unit_noise(ratios)
+    start = MEAN + math.sqrt(ratios[-1] ** 2 + STD**2) * th.eye(n_steps + 2)[1][:, None]
+    for certain in (False, True):
+        mean, std = moments(ddpm_sample(gaussian_denoiser(ratios, certain), ratios, start, noise, math.inf))
+        assert mean == pytest.approx(MEAN, abs=1e-6)
+        assert std < 0.9 * STD if certain else std == pytest.approx(STD, rel=1e-5)
 
 
 def test_gaussian_law_by_sampling():
@@ -76,7 +94,7 @@ def test_every_level_has_the_forward_law(sampler, schedule):
 
     def denoise(u, t):
         seen.append((t, *moments(u)))
-        return th.full_like(u, MEAN)
+        return th.full_like(u, MEAN), 0.0
 
     sampler(denoise, ratios, start, noise)
     np.testing.assert_allclose(seen, [(t, MEAN, ratios[t]) for t in reversed(range(7))], rtol=1e-5)
@@ -86,7 +104,7 @@ def test_every_level_has_the_forward_law(sampler, schedule):
 def test_denoiser_sees_every_level_once(name):
     ratios = vp_ratios(4).tolist()
     levels = []
-    CHAINS[name](lambda u, t: levels.append(t) or u, ratios, *unit_noise(ratios))
+    CHAINS[name](lambda u, t: levels.append(t) or (u, 0.0), ratios, *unit_noise(ratios))
     assert levels == [3, 2, 1, 0] and all(type(t) is int for t in levels)
 
 
@@ -98,7 +116,7 @@ def test_ddpm_step_by_hand():
 
     def denoise(u, t):
         seen[t] = u.item()
-        return th.full_like(u, guesses[t])
+        return th.full_like(u, guesses[t]), 0.0
 
     action = ddpm_sample(denoise, BY_HAND, th.tensor([[0.5 / 0.4]]), th.tensor([[[7.0]], [[2.0]]]))
     assert seen[1] == pytest.approx(0.5 / 0.4)
@@ -106,11 +124,28 @@ def test_ddpm_step_by_hand():
     assert action.item() == pytest.approx(0.9)  # the last step adds no noise
 
 
+def test_ddpm_step_with_variance_by_hand():
+    # As above; a variance of 0.04 of the guess adds (sqrt(0.64) * 0.75 / 0.84)^2 * 0.04 at level 1, and all of it at level 0
+    seen = {}
+
+    def denoise(u, t):
+        seen[t] = u.item()
+        return th.full_like(u, 0.3), th.full_like(u, 0.04)
+
+    action = ddpm_sample(denoise, BY_HAND, th.tensor([[0.5 / 0.4]]), th.tensor([[[-1.5]], [[2.0]]]))
+    std = math.sqrt(0.321428571 + 0.714285714**2 * 0.04)
+    assert 0.8 * seen[0] == pytest.approx(0.214285714 + 0.107142857 + 2 * std, rel=1e-6)
+    assert action.item() == pytest.approx(0.3 - 1.5 * 0.2)
+
+
 def test_ddim_step_by_hand():
     # noise = (0.5 - 0.4 * 0.3) / sqrt(0.84), a_0 = 0.8 * 0.3 + 0.6 * noise
     seen = []
     ddim_sample(
-        lambda u, t: seen.append(u.item()) or th.full_like(u, 0.3), BY_HAND, th.tensor([[0.5 / 0.4]]), th.full((2, 1, 1), 7.0)
+        lambda u, t: seen.append(u.item()) or (th.full_like(u, 0.3), 0.0),
+        BY_HAND,
+        th.tensor([[0.5 / 0.4]]),
+        th.full((2, 1, 1), 7.0),
     )
     assert [0.4 * seen[0], 0.8 * seen[1]] == pytest.approx([0.5, 0.24 + 0.6 * 0.38 / math.sqrt(0.84)], rel=1e-6)
 
@@ -124,7 +159,7 @@ def test_running_clip_by_hand(noise, clipped):
     # Level 0: beta = sigma^2 = 0.36, no noise: a = (middle - (middle - 0.8 * 0.3)) / 0.8 = 0.3
     seen = []
     action = running_clip_sample(
-        lambda u, t: seen.append(u.item()) or th.full_like(u, 0.3),
+        lambda u, t: seen.append(u.item()) or (th.full_like(u, 0.3), 0.0),
         BY_HAND,
         th.tensor([[0.5 / 0.4]]),
         th.tensor([[[7.0]], [[noise]]]),
@@ -144,7 +179,7 @@ def test_what_is_clipped(name):
 
         def denoise(u, t):
             seen.append(u.item() / math.sqrt(1 + ratios[t] ** 2))
-            return th.full_like(u, guess)
+            return th.full_like(u, guess), 0.0
 
         assert CHAINS[name](denoise, ratios, start, noise, 0.5).item() == 0.5
         return seen[1:]
@@ -181,7 +216,7 @@ def chain_mean(score_target, optimum, sign):
         for _ in range(60):  # towards the answer that is its own target
             target, _ = SCORE_TARGETS[score_target](q_fn, answer, u, th.full((len(u), 1), ratios[t]), th.tensor(ent_coef))
             answer = answer.lerp(target, 0.1)
-        return answer
+        return answer, 0.0
 
     noise = th.randn((11, 2000, len(optimum)), generator=th.Generator().manual_seed(0))
     return ddpm_sample(denoise, ratios, start_of(ratios, noise[0]), noise[1:]).mean(dim=0)
@@ -207,6 +242,6 @@ def test_trajectory(average):
         assert th.equal(points[-1], actor.sample(obs, noise, average))
         denoise = actor.denoise_fn(obs, average)
         for passed, t in zip(range(5), range(5, 0, -1), strict=True):
-            guess = denoise(points[passed], t).clamp(-1, 1)
+            guess = denoise(points[passed], t)[0].clamp(-1, 1)
             ratio, smaller = actor.levels[t], actor.levels[t - 1]
             th.testing.assert_close(points[passed + 1], guess + smaller / ratio * (points[passed] - guess))

@@ -224,7 +224,7 @@ def test_cloned_behaviour_answers_and_goes_on():
         obs, actions = th.randn(64, 3), th.full((64, 1), 0.75)
         t = th.randint(6, (64,))
         noisy = actions + model.actor.ratios[t, None] * th.randn_like(actions)
-        loss = ((model.actor.denoise(obs, noisy, t) - actions) ** 2).mean()
+        loss = ((model.actor.denoise(obs, noisy, t)[0] - actions) ** 2).mean()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     obs = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
     assert np.abs(answers(model, obs) - 2 * 0.75).mean() < 0.1

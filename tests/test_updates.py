@@ -213,6 +213,25 @@ def test_actor_loss_by_hand(score_target):
     assert loss == pytest.approx(expected, rel=0.03)
 
 
+def test_variance_is_learnt_beside_the_mean():
+    """
+    A denoiser that answers 0 has a mean of c_skip u, whose slope implies just the variance that it answers; an excess of b
+    costs b^2 more, and without a variance there is no such term.
+    """
+
+    def loss(learn_variance, excess):
+        model = build(policy_kwargs=dict(LINEAR_CRITIC, learn_variance=learn_variance), ent_coef=0.5)
+        set_critic(model.critic, slopes=[1.0, 3.0], values=[0.0, 0.0])
+        for parameter in model.actor.denoiser.parameters():
+            parameter.data.zero_()
+        model.actor.denoiser.head[-1].bias.data[1:] = excess
+        th.manual_seed(0)
+        return model._actor_loss(BATCH, ERROR)[0].item()
+
+    assert loss(True, 0.0) == pytest.approx(loss(False, 0.0), rel=1e-5)
+    assert loss(True, 2.0) == pytest.approx(loss(False, 0.0) + 4.0, rel=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_keep_modes_values_the_better_of_two_draws(scale):
     """Draws of values 1 and 3, in units of the reward scale, for a temperature of 2 in units of the return."""

@@ -238,7 +238,7 @@ class DiffusionActor(BasePolicy):
         passed = []
         denoise = self.denoise_fn(obs, average)
 
-        def noted(u: th.Tensor, t: int) -> th.Tensor:
+        def noted(u: th.Tensor, t: int) -> tuple[th.Tensor, th.Tensor | float]:
             passed.append(u)
             return denoise(u, t)
 

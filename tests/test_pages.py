@@ -209,14 +209,18 @@ def test_short_chains():
         mean = (density * grid).sum()
         std = (density * (grid - mean) ** 2).sum().sqrt()
         assert [float(number) for number in target.split(",")] == pytest.approx([mean.item(), std.item()], abs=0.006)
-        for (n_steps, sampler), cell in zip([(6, "ddpm"), (20, "ddpm"), (6, "ddim")], chains, strict=True):
+        columns = [("ddpm", 6, True), ("ddpm", 3, True), ("ddpm", 6, False), ("ddpm", 20, False), ("ddim", 6, False)]
+        for (sampler, n_steps, learn_variance), cell in zip(columns, chains, strict=True):
             ratios = schedules.geometric_ratios(n_steps).float()
 
-            def denoise(u, t, ratios=ratios, k=k):
-                return box_target(u, ratios[t], th.tensor(k), th.tensor(1.0))
+            def denoise(u, t, ratios=ratios, k=k, learn_variance=learn_variance):
+                lower, mean, upper = (box_target(u + h, ratios[t], th.tensor(k), th.tensor(1.0)) for h in (-1e-3, 0, 1e-3))
+                variance = ratios[t] ** 2 * (upper - lower) / 2e-3  # implied by the mean
+                return mean, variance.clamp(min=0) if learn_variance else 0.0
 
-            start = math.sqrt(1 + float(ratios[-1]) ** 2) * th.randn(n, 1)
-            actions = samplers.SAMPLERS[sampler](denoise, ratios.tolist(), start, th.randn(n_steps, n, 1))
+            start = math.sqrt(1 + float(ratios[-1]) ** 2) * th.randn(n, 1, dtype=th.float64)
+            noise = th.randn(n_steps, n, 1, dtype=th.float64)
+            actions = samplers.SAMPLERS[sampler](denoise, ratios.tolist(), start, noise)
             drawn = [actions.mean().item(), actions.std().item()]
             assert [float(number) for number in cell.split(",")] == pytest.approx(drawn, abs=0.011)
 

@@ -275,9 +275,9 @@ def test_n_diffusion_steps(n_diffusion_steps):
 class LinearDenoiser(Denoiser):
     """The least that a denoiser of one's own must have."""
 
-    def __init__(self, features_dim, action_dim, n_diffusion_steps, net_arch, bias=True):
-        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch)
-        self.layer = nn.Linear(features_dim + action_dim, action_dim, bias=bias)
+    def __init__(self, features_dim, action_dim, n_diffusion_steps, net_arch, output_dim, bias=True):
+        super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch, output_dim)
+        self.layer = nn.Linear(features_dim + action_dim, output_dim, bias=bias)
 
     def forward(self, features, noisy_actions, t):
         return self.layer(th.cat([features, noisy_actions], dim=1))

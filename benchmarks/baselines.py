@@ -25,20 +25,18 @@ from sb3_qsm.samplers import ddpm_sample
 
 class Baseline(QSM):
     """
-    What these share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser that
-    learns no variance, and no temperature.
+    What these share: an update of the actor for each of the critics, the values of all critics, the loss of a denoiser, and no
+    temperature.
 
     :param policy: as for QSM
     :param env: as for QSM
-    :param policy_kwargs: as for QSM
     :param kwargs: arguments of QSM
     """
 
     replay_buffer: ReplayBuffer
 
-    def __init__(self, policy: Any, env: Any, policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        policy_kwargs = {"learn_variance": False, **(policy_kwargs or {})}
-        super().__init__(policy, env, policy_kwargs=policy_kwargs, **{"policy_delay": 1, "ent_coef": 1.0, **kwargs})
+    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
+        super().__init__(policy, env, **{"policy_delay": 1, "ent_coef": 1.0, **kwargs})
 
     def _actor_loss(self, replay_data: ReplayBufferSamples, td_error: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """

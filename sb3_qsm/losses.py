@@ -122,6 +122,42 @@ def published_score_target(
 SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score_target, "published": published_score_target}
 
 
+def drawn_target(
+    q_fn: QFn,
+    denoised: th.Tensor,
+    variance: th.Tensor,
+    noisy_actions: th.Tensor,
+    ratio: th.Tensor,
+    ent_coef: th.Tensor,
+    n_draws: int = 4,
+) -> th.Tensor:
+    """
+    Posterior mean of the clean action by drawing: what the denoiser takes the posterior for, a normal of its mean and variance
+    on the box, weighed by exp(Q / lambda) N(a_0; u, r^2) over its own density (self-normalised importance sampling).
+
+    Unlike a slope it sees how high Q is elsewhere. The better the denoiser, the more equal the weights, in any number of
+    dimensions, so that few draws do; each dimension's are spread evenly over its quantiles.
+
+    :param q_fn: value of each action, (B, A) -> (B, 1)
+    :param denoised: clean actions that the denoiser answers now, shape (B, A)
+    :param variance: their variance, shape (B, A)
+    :param noisy_actions: u, shape (B, A)
+    :param ratio: noise-to-signal ratio r, shape (B, 1)
+    :param ent_coef: temperature lambda, shape ()
+    :param n_draws: number of draws K, each of which costs one pass of the critics
+    :return: clean actions to regress on, in [-1, 1], shape (B, A)
+    """
+    with th.no_grad():
+        mean, std = denoised.clamp(-1, 1), variance.clamp(min=1e-6).sqrt()
+        lower, upper = th.special.ndtr((-1 - mean) / std), th.special.ndtr((1 - mean) / std)
+        order, within = th.rand(2, n_draws, *mean.shape, device=mean.device)
+        quantiles = (order.argsort(dim=0) + within) / n_draws
+        draws = (mean + std * th.special.ndtri(lower.lerp(upper, quantiles))).clamp(-1, 1)
+        values = th.stack([q_fn(draw) for draw in draws]) / ent_coef
+        log_ratios = 0.5 * (((draws - mean) / std) ** 2 - ((draws - noisy_actions) / ratio) ** 2).sum(dim=2, keepdim=True)
+        return ((values + log_ratios).softmax(dim=0) * draws).sum(dim=0)
+
+
 def posterior_variance(denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor) -> th.Tensor:
     """
     Variance of the clean action given the noisy one, which its mean implies: Var[a_0 | u] = r^2 d E[a_0 | u] / du (Manor and
@@ -179,21 +215,3 @@ def boltzmann_mean(q_values: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
     :return: shape (B, 1)
     """
     return ((q_values / ent_coef).softmax(dim=0) * q_values).sum(dim=0)
-
-
-def undecided_ent_coef(
-    ent_coef: th.Tensor, ratio: th.Tensor, td_error: th.Tensor, n_errors: float = 3.0, min_ratio: float = 0.3
-) -> th.Tensor:
-    """
-    Temperature of each noise level, so that a chain does not choose by differences of Q that are within the critics' error.
-
-    Levels of much noise choose between good answers, those of little noise refine the one chosen.
-
-    :param ent_coef: temperature lambda, shape ()
-    :param ratio: noise-to-signal ratio r, shape (B, 1)
-    :param td_error: root mean square error of a critic, in units of ``ent_coef``, shape ()
-    :param n_errors: lowest temperature of the noisy levels, in units of ``td_error``
-    :param min_ratio: least ratio of a noisy level
-    :return: temperatures, shape (B, 1)
-    """
-    return th.where(ratio > min_ratio, ent_coef.maximum(n_errors * td_error), ent_coef)

@@ -92,7 +92,7 @@ class DiffusionActor(BasePolicy):
         noise_schedule: str | NoiseSchedule = "geometric",
         sampler: str | Sampler = "ddpm",
         preconditioning: Any = "edm",
-        learn_variance: bool = True,
+        learn_variance: bool = False,
         denoiser_class: str | type[Denoiser] = "late_fusion",
         denoiser_kwargs: dict[str, Any] | None = None,
     ) -> None:

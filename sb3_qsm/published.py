@@ -58,7 +58,6 @@ PUBLISHED_POLICY: dict[str, Any] = dict(
     noise_schedule="vp",
     sampler=running_clip_sample,
     preconditioning="noise",
-    learn_variance=False,
     denoiser_class="mlp",
     denoiser_kwargs=dict(activation_fn=nn.Mish),
 )

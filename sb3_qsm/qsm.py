@@ -342,8 +342,10 @@ class QSM(OffPolicyAlgorithm):
 
         ent_coef = self._ent_coef()
         target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions.detach(), ratio, ent_coef)
-        if self.keep_modes:  # levels of much noise choose between good answers: by their heights, not within the critics' error
-            of_heights = drawn_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef.maximum(3 * td_error))
+        if (
+            self.keep_modes
+        ):  # levels of much noise choose between good answers: by their heights, not within the critics' error
+            of_heights = drawn_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef.maximum(td_error))
             target = th.where(ratio > 0.3, of_heights, target)
         c_out = self.actor.preconditioning(ratio).c_out
         loss = score_matching_loss(denoised, target, c_out)

@@ -14,6 +14,7 @@ from sb3_qsm.losses import (
     box_entropy,
     box_score_target,
     box_target,
+    drawn_target,
     posterior_variance,
     published_score_target,
     published_target,
@@ -179,6 +180,44 @@ def test_action_gradient(grad_enabled):
     np.testing.assert_allclose(gradient - critic.weight.detach(), [[-1.0, 6.0], [0.0, -12.0]], atol=1e-6)
     assert not gradient.requires_grad
     assert critic.weight.grad is None and critic.bias.grad is None and actions.grad is None
+
+
+def two_bells(actions):
+    """The right one twice as high, in the first dimension."""
+    return (th.exp(-8 * (actions[:, :1] + 0.6) ** 2) + 2 * th.exp(-8 * (actions[:, :1] - 0.6) ** 2)).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("noisy_action", [-1.5, 0.0, 0.7])
+def test_drawn_target_is_the_posterior_mean(noisy_action, ratio):
+    """Of a Q that no slope shows, by quadrature; the denoiser answers something else, and the weights make up for it."""
+    grid = th.linspace(-1, 1, 20_001)[:, None]
+    weights = th.softmax(two_bells(grid) / 0.5 - 0.5 * ((grid - noisy_action) / ratio) ** 2, dim=0)
+    expected = (weights * grid).sum().item()
+    u, r = th.full((500, 1), noisy_action), th.full((500, 1), ratio)
+    target = drawn_target(two_bells, 0 * u + 0.2, 0 * u + 0.5, u, r, th.tensor(0.5), n_draws=200)
+    assert target.mean().item() == pytest.approx(expected, abs=0.01) and target.abs().max() <= 1
+
+
+def test_drawn_target_is_steady_for_a_denoiser_that_is_right():
+    """In seventeen dimensions: weights are equal where the draws are from the posterior, and quantiles are spread evenly."""
+    u, ratio = th.linspace(-0.5, 0.5, 17).expand(400, 17), th.full((400, 1), 0.1)
+    g = th.linspace(-1, 1, 17)
+    right = u + 0.01 * g / 0.5  # far from the bounds; the variance is r^2
+    target = drawn_target(lambda a: (a * g).sum(dim=1, keepdim=True), right, 0 * u + 0.01, u, ratio, th.tensor(0.5))
+    th.testing.assert_close(target.mean(dim=0), right[0], atol=4e-3, rtol=0)
+    assert (target - right).std().item() < 0.1 / 4  # a quarter of one draw's, where four at random have a half
+
+
+def test_drawn_target_spreads_its_draws_in_each_dimension_on_its_own():
+    asked = []
+    th.manual_seed(0)
+    u = th.zeros(1000, 2)
+    drawn_target(lambda a: asked.append(a) or a[:, :1], u, u + 1.0, u, th.ones(1000, 1), th.tensor(1.0))
+    draws = th.stack(asked)
+    standard = truncnorm(-1, 1).cdf(draws.numpy())
+    assert (np.sort((standard * 4).astype(int), axis=0) == np.arange(4)[:, None, None]).all()
+    assert abs(np.corrcoef(standard.reshape(-1, 2).T)[0, 1]) < 0.05
 
 
 def test_posterior_variance_by_hand():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_qsm.losses import box_score_target
+from sb3_qsm.losses import box_score_target, drawn_target
 from sb3_qsm.samplers import ddpm_sample
 from sb3_qsm.schedules import geometric_ratios
 
@@ -28,11 +28,29 @@ LANDSCAPES = {
 }
 
 
-def learnt_actions(q_fn, ent_coef, ratios, learn_variance=True):
+def implied_variance(grid, table, ratio):
+    """What a denoiser's mean implies of its variance; over ten points, for a mean that is noisy; shape of ``table``."""
+    width = 5
+    slopes = th.zeros_like(table)
+    slopes[width:-width] = (table[2 * width :] - table[: -2 * width]) / (grid[2 * width :] - grid[: -2 * width])
+    return (ratio**2 * slopes).minimum(1 - table.clamp(-1, 1) ** 2).clamp(min=0)
+
+
+def learnt_actions(q_fn, ent_coef, ratios, learn_variance=True, heights=False):
     """Actions of the chain whose denoiser answers its own target, and the variance that follows, shape (N_ACTIONS, 1)."""
+    th.manual_seed(0)
     grids = [th.linspace(-4, 4, 801)[:, None] * np.sqrt(1 + ratio**2) for ratio in ratios]  # of u = a_0 + r z
     tables = [grid.clamp(-1, 1) for grid in grids]
     for grid, table, ratio in zip(grids, tables, ratios, strict=True):
+        if heights and ratio > 0.3:
+            means = []
+            for _ in range(300):  # each target is a draw
+                variance = implied_variance(grid, table, ratio)
+                args = grid, th.full_like(grid, ratio), th.tensor(ent_coef)
+                table += 0.1 * (drawn_target(q_fn, table, variance, *args) - table)
+                means.append(table.clone())
+            table.copy_(th.stack(means[150:]).mean(dim=0))
+            continue
         for _ in range(40):
             target, _ = box_score_target(q_fn, table, grid, th.tensor(ratio), th.tensor(ent_coef))
             table += 0.3 * (target - table)
@@ -42,8 +60,7 @@ def learnt_actions(q_fn, ent_coef, ratios, learn_variance=True):
 
     def denoise(u, t):
         grid, table = grids[t], tables[t]
-        (slopes,) = th.gradient(table, spacing=(grid[:, 0],), dim=0)
-        variance = (ratios[t] ** 2 * slopes).minimum(1 - table**2).clamp(min=0)
+        variance = implied_variance(grid, table, ratios[t])
         return look_up(u, grid, table), look_up(u, grid, variance) if learn_variance else 0.0
 
     th.manual_seed(0)
@@ -97,3 +114,26 @@ def test_both_of_two_bells_are_kept():
     actions = learnt_actions(LANDSCAPES["two bells"], 0.05, geometric_ratios(6).tolist())
     for centre in (-0.6, 0.6):
         assert ((actions - centre).abs() < 0.25).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("ent_coef", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("landscape", [*LANDSCAPES, "unequal bells"])
+def test_heights_give_the_boltzmann_policy(landscape, ent_coef):
+    """With draws from the denoiser's own posterior; slopes alone visit a summit half as high nearly as often."""
+
+    def unequal(actions):
+        return bell(actions, -0.6, height=0.5) + bell(actions, 0.6)
+
+    q_fn, ratios = LANDSCAPES.get(landscape, unequal), geometric_ratios(6).tolist()
+    actions = learnt_actions(q_fn, ent_coef, ratios, heights=True)
+    grid = th.linspace(-1, 1, 4001)
+    share = th.softmax(q_fn(grid) / ent_coef, dim=0)[grid > 0].sum().item()
+    assert (actions > 0).float().mean().item() == pytest.approx(share, abs=0.05)
+    assert distance(actions, q_fn, ent_coef) < 0.05
+    if landscape != "unequal bells":
+        mean, std = exact_moments(q_fn, ent_coef)
+        assert actions.mean().item() == pytest.approx(mean, abs=0.03)
+        assert actions.std().item() == pytest.approx(std, rel=0.1)
+    elif ent_coef < 1:
+        slopes = (learnt_actions(q_fn, ent_coef, ratios) > 0).float().mean().item()
+        assert slopes < 0.6 < 0.8 < share

@@ -6,7 +6,7 @@ from sb3_qsm.losses import QFn, action_gradient, box_target
 
 
 def at_noisy(
-    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
+    q_fn: QFn, denoised: th.Tensor, variance: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     The gradient as published: at the noisy action of the variance-preserving form, here in the box.

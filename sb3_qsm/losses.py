@@ -85,7 +85,7 @@ def box_target(
 
 
 def box_score_target(
-    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
+    q_fn: QFn, denoised: th.Tensor, variance: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
     The default: :func:`box_target` with the gradient between the denoiser's present answer and the one that a flat Q has.
@@ -96,30 +96,15 @@ def box_score_target(
 
     :param q_fn: value of each action, (B, A) -> (B, 1)
     :param denoised: clean actions that the denoiser answers now, a constant for autograd, shape (B, A)
+    :param variance: their variance as it answers it, of the same shape; not used here, it makes targets interchangeable
     :param noisy_actions: u, shape (B, A)
     :param ratio: noise-to-signal ratio r, shape (B, 1)
-    :param ent_coef: temperature lambda, shape ()
+    :param ent_coef: temperature lambda, shape () or (B, 1)
     :return: clean actions to regress on, and the gradient of Q that led there, each of shape (B, A)
     """
     flat_q = truncated_normal_mean(noisy_actions, ratio)
     q_grad = action_gradient(q_fn, flat_q.lerp(denoised.clamp(-1, 1), 1 / (1 + ratio**2)))
     return box_target(noisy_actions, ratio, q_grad, ent_coef), q_grad
-
-
-def published_score_target(
-    q_fn: QFn, denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
-) -> tuple[th.Tensor, th.Tensor]:
-    """
-    The published method: :func:`published_target` with the gradient at the noisy action of the variance-preserving chain,
-    a_t = u / sqrt(1 + r^2), as in the authors' code.
-
-    Arguments and result as for :func:`box_score_target`.
-    """
-    q_grad = action_gradient(q_fn, noisy_actions / (1 + ratio**2).sqrt())
-    return published_target(noisy_actions, ratio, q_grad, ent_coef), q_grad
-
-
-SCORE_TARGETS: dict[str, ScoreTarget] = {"box": box_score_target, "published": published_score_target}
 
 
 def drawn_target(
@@ -143,7 +128,7 @@ def drawn_target(
     :param variance: their variance, shape (B, A)
     :param noisy_actions: u, shape (B, A)
     :param ratio: noise-to-signal ratio r, shape (B, 1)
-    :param ent_coef: temperature lambda, shape ()
+    :param ent_coef: temperature lambda, shape () or (B, 1)
     :param n_draws: number of draws K, each of which costs one pass of the critics
     :return: clean actions to regress on, in [-1, 1], shape (B, A)
     """
@@ -156,6 +141,40 @@ def drawn_target(
         values = th.stack([q_fn(draw) for draw in draws]) / ent_coef
         log_ratios = 0.5 * (((draws - mean) / std) ** 2 - ((draws - noisy_actions) / ratio) ** 2).sum(dim=2, keepdim=True)
         return ((values + log_ratios).softmax(dim=0) * draws).sum(dim=0)
+
+
+def heights_score_target(
+    q_fn: QFn, denoised: th.Tensor, variance: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Levels of much noise, which choose among good answers, see how high these are: :func:`drawn_target` for r > 0.3. Those of
+    little noise refine the one chosen, by slopes, as :func:`box_score_target`.
+
+    Arguments and result as for that; the variance has to be learnt.
+    """
+    of_slopes, q_grad = box_score_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef)
+    of_heights = drawn_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef)
+    return th.where(ratio > 0.3, of_heights, of_slopes), q_grad
+
+
+def published_score_target(
+    q_fn: QFn, denoised: th.Tensor, variance: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """
+    The published method: :func:`published_target` with the gradient at the noisy action of the variance-preserving chain,
+    a_t = u / sqrt(1 + r^2), as in the authors' code.
+
+    Arguments and result as for :func:`box_score_target`.
+    """
+    q_grad = action_gradient(q_fn, noisy_actions / (1 + ratio**2).sqrt())
+    return published_target(noisy_actions, ratio, q_grad, ent_coef), q_grad
+
+
+SCORE_TARGETS: dict[str, ScoreTarget] = {
+    "box": box_score_target,
+    "heights": heights_score_target,
+    "published": published_score_target,
+}
 
 
 def posterior_variance(denoised: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor) -> th.Tensor:
@@ -215,3 +234,21 @@ def boltzmann_mean(q_values: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
     :return: shape (B, 1)
     """
     return ((q_values / ent_coef).softmax(dim=0) * q_values).sum(dim=0)
+
+
+def undecided_ent_coef(
+    ent_coef: th.Tensor, ratio: th.Tensor, td_error: th.Tensor, n_errors: float = 3.0, min_ratio: float = 0.3
+) -> th.Tensor:
+    """
+    Temperature of each noise level, so that a chain does not choose by differences of Q that are within the critics' error.
+
+    Levels of much noise choose between good answers, those of little noise refine the one chosen.
+
+    :param ent_coef: temperature lambda, shape ()
+    :param ratio: noise-to-signal ratio r, shape (B, 1)
+    :param td_error: root mean square error of a critic, in units of ``ent_coef``, shape ()
+    :param n_errors: lowest temperature of the noisy levels, in units of ``td_error``
+    :param min_ratio: least ratio of a noisy level
+    :return: temperatures, shape (B, 1)
+    """
+    return th.where(ratio > min_ratio, ent_coef.maximum(n_errors * td_error), ent_coef)

@@ -26,9 +26,9 @@ from sb3_qsm.losses import (
     ScoreTarget,
     boltzmann_mean,
     box_entropy,
-    drawn_target,
     posterior_variance,
     score_matching_loss,
+    undecided_ent_coef,
 )
 from sb3_qsm.normalization import RewardScale
 from sb3_qsm.policies import (
@@ -80,8 +80,8 @@ class QSM(OffPolicyAlgorithm):
         each update of the actor (less at first); at 0 the mean is the actor itself
     :param normalize_reward: Whether the critics learn returns in units of the rewards' root mean square, so that learning does
         not depend on the scale of the rewards
-    :param score_target: what the denoiser regresses on: "box", "published", or a function like
-        :func:`~sb3_qsm.losses.box_score_target`
+    :param score_target: what the denoiser regresses on: "box", "heights" (which learns a variance), "published", or a function
+        like :func:`~sb3_qsm.losses.box_score_target`
     :param keep_modes: Whether to keep several good answers through many steps, at some cost where one is best
         (``docs/algorithm.md``, "Several good answers")
     :param stats_window_size: Window size for the rollout logging, in episodes
@@ -185,7 +185,7 @@ class QSM(OffPolicyAlgorithm):
         check_arguments(self)
         given = self.n_steps, self.replay_buffer_class, self.replay_buffer_kwargs
         one_step = self.optimize_memory_usage or self.keep_modes
-        if self.keep_modes:
+        if self.score_target == "heights":
             self.policy_kwargs = {"learn_variance": True, **self.policy_kwargs}
         self.n_steps, self.replay_buffer_class = choose_replay_buffer(
             self.observation_space, self.n_steps, self.replay_buffer_class, one_step
@@ -341,12 +341,9 @@ class QSM(OffPolicyAlgorithm):
             return th.cat(self.critic(observations, actions), dim=1).mean(dim=1, keepdim=True)
 
         ent_coef = self._ent_coef()
-        target, q_grad = self._score_target(q_fn, denoised.detach(), noisy_actions.detach(), ratio, ent_coef)
-        if (
-            self.keep_modes
-        ):  # levels of much noise choose between good answers: by their heights, not within the critics' error
-            of_heights = drawn_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef.maximum(td_error))
-            target = th.where(ratio > 0.3, of_heights, target)
+        level_ent_coef = undecided_ent_coef(ent_coef, ratio, td_error) if self.keep_modes else ent_coef
+        answer = denoised.detach(), variance.detach(), noisy_actions.detach()
+        target, q_grad = self._score_target(q_fn, *answer, ratio, level_ent_coef)
         c_out = self.actor.preconditioning(ratio).c_out
         loss = score_matching_loss(denoised, target, c_out)
         if self.actor.learn_variance:
@@ -409,8 +406,8 @@ def check_arguments(model: QSM) -> None:
     for name in ("normalize_reward", "keep_modes"):
         if not isinstance(getattr(model, name), bool):
             raise ValueError(f"{name} must be True or False, got {getattr(model, name)!r}")
-    if model.keep_modes and not model.policy_kwargs.get("learn_variance", True):
-        raise ValueError("learn_variance must be True with keep_modes, got False")
+    if model.score_target == "heights" and not model.policy_kwargs.get("learn_variance", True):
+        raise ValueError("learn_variance must be True with score_target='heights', got False")
 
 
 def follow_gamma(model: QSM) -> None:

@@ -28,7 +28,7 @@ BAD_ARGUMENTS = {
     "keep_modes": ([1, "auto", None], "True or False"),
     "ent_coef": (["aut", "auto_0", 0, -1.0, math.nan, None], 'a positive number, "auto" or "auto_<positive number>"'),
     "target_entropy": (["aut", math.nan, math.inf, None], 'a number or "auto"'),
-    "score_target": (["papr", None, 1], "one of ['box', 'published']"),
+    "score_target": (["papr", None, 1], "one of ['box', 'heights', 'published']"),
 }
 BAD_DIFFUSIONS = {
     "n_diffusion_steps": ([0, -1, 2.0, "5", None, True], "an integer of at least 1"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_qsm.losses import box_score_target, drawn_target
+from sb3_qsm.losses import box_score_target, heights_score_target
 from sb3_qsm.samplers import ddpm_sample
 from sb3_qsm.schedules import geometric_ratios
 
@@ -42,17 +42,17 @@ def learnt_actions(q_fn, ent_coef, ratios, learn_variance=True, heights=False):
     grids = [th.linspace(-4, 4, 801)[:, None] * np.sqrt(1 + ratio**2) for ratio in ratios]  # of u = a_0 + r z
     tables = [grid.clamp(-1, 1) for grid in grids]
     for grid, table, ratio in zip(grids, tables, ratios, strict=True):
-        if heights and ratio > 0.3:
+        if heights:
             means = []
             for _ in range(300):  # each target is a draw
-                variance = implied_variance(grid, table, ratio)
-                args = grid, th.full_like(grid, ratio), th.tensor(ent_coef)
-                table += 0.1 * (drawn_target(q_fn, table, variance, *args) - table)
+                answer = table, implied_variance(grid, table, ratio)
+                target, _ = heights_score_target(q_fn, *answer, grid, th.full_like(grid, ratio), th.tensor(ent_coef))
+                table += 0.1 * (target - table)
                 means.append(table.clone())
             table.copy_(th.stack(means[150:]).mean(dim=0))
             continue
         for _ in range(40):
-            target, _ = box_score_target(q_fn, table, grid, th.tensor(ratio), th.tensor(ent_coef))
+            target, _ = box_score_target(q_fn, table, 0 * table, grid, th.tensor(ratio), th.tensor(ent_coef))
             table += 0.3 * (target - table)
 
     def look_up(u, grid, table):

@@ -15,6 +15,7 @@ from sb3_qsm.losses import (
     box_score_target,
     box_target,
     drawn_target,
+    heights_score_target,
     posterior_variance,
     published_score_target,
     published_target,
@@ -137,14 +138,14 @@ def test_published_target_by_hand():
 def test_published_target_follows_the_gradient_at_the_noisy_action():
     """At that of the variance-preserving chain, a_t = 0.8 u for r = 0.75."""
     noisy_actions, ratio, ent_coef = th.tensor([[0.5, -2.5]]), th.tensor([[0.75]]), th.tensor(0.02)
-    target, q_grad = published_score_target(bowl, th.full((1, 2), math.nan), noisy_actions, ratio, ent_coef)
+    target, q_grad = published_score_target(bowl, *2 * [th.full((1, 2), math.nan)], noisy_actions, ratio, ent_coef)
     np.testing.assert_allclose(q_grad, [[0.8, -4.0]], rtol=1e-6)
     assert th.equal(target, published_target(noisy_actions, ratio, q_grad, ent_coef))
 
 
 def test_box_target_follows_the_gradient_between_the_answer_in_the_box_and_that_of_a_flat_q():
     noisy_actions, ratio, ent_coef = th.tensor([[0.5, -2.5]]), th.tensor([[0.75]]), th.tensor(0.5)
-    target, q_grad = box_score_target(bowl, th.tensor([[0.3, -1.7]]), noisy_actions, ratio, ent_coef)
+    target, q_grad = box_score_target(bowl, th.tensor([[0.3, -1.7]]), th.zeros(1, 2), noisy_actions, ratio, ent_coef)
     flat_q = posterior_mean(np.array([0.5, -2.5]), np.full(2, 0.75))
     np.testing.assert_allclose(q_grad, [2 * (0.64 * np.array([0.3, -1.0]) + 0.36 * flat_q)], rtol=1e-4)
     assert th.equal(target, box_target(noisy_actions, ratio, q_grad, ent_coef))
@@ -163,7 +164,7 @@ def test_answer_that_is_its_own_target_is_right_for_quadratic_q(ratio):
         return -precision / 2 * (actions - 0.3).pow(2).sum(dim=1, keepdim=True)
 
     for _ in range(200):
-        target, _ = box_score_target(q_fn, answer, noisy_actions, th.full((1, 1), ratio), ent_coef)
+        target, _ = box_score_target(q_fn, answer, 0 * answer, noisy_actions, th.full((1, 1), ratio), ent_coef)
         answer = answer.lerp(target, 0.2)
     weights = np.array([1 / ratio**2, precision / 0.2])
     expected = (weights[0] * noisy_actions.numpy() + weights[1] * 0.3) / weights.sum()
@@ -197,6 +198,19 @@ def test_drawn_target_is_the_posterior_mean(noisy_action, ratio):
     u, r = th.full((500, 1), noisy_action), th.full((500, 1), ratio)
     target = drawn_target(two_bells, 0 * u + 0.2, 0 * u + 0.5, u, r, th.tensor(0.5), n_draws=200)
     assert target.mean().item() == pytest.approx(expected, abs=0.01) and target.abs().max() <= 1
+
+
+def test_heights_are_seen_where_there_is_much_noise():
+    """Draws for r > 0.3, slopes below, and the slopes' gradient at all levels."""
+    u, ratio = th.full((3000, 1), 0.3), th.tensor([0.2, 0.4, 2.5]).repeat(1000)[:, None]
+    answer, ent_coef = (0 * u + 0.2, 0 * u + 0.5, u, ratio), th.tensor(0.5)
+    of_slopes, wanted = box_score_target(two_bells, *answer, ent_coef)
+    target, q_grad = heights_score_target(two_bells, *answer, ent_coef)
+    assert th.equal(q_grad, wanted) and th.equal(target[::3], of_slopes[::3])
+    for level in (1, 2):
+        drawn = drawn_target(two_bells, *(value[level::3] for value in answer), ent_coef)
+        assert target[level::3].mean().item() == pytest.approx(drawn.mean().item(), abs=0.05)
+        assert target[level::3].std() > 0.01 > of_slopes[level::3].std()
 
 
 def test_drawn_target_is_steady_for_a_denoiser_that_is_right():

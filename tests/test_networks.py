@@ -132,7 +132,7 @@ def test_edm_preconditioning_laws():
 
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
 def test_chain_and_batch_denoise_alike(preconditioning):
-    actor = make_actor(n_diffusion_steps=T, preconditioning=preconditioning)
+    actor = make_actor(n_diffusion_steps=T, preconditioning=preconditioning, learn_variance=True)
     obs, noisy_actions = th.rand(B, F), th.randn(B, A)
     denoise = actor.denoise_fn(obs)
     for t in range(T):
@@ -144,7 +144,7 @@ def test_chain_and_batch_denoise_alike(preconditioning):
 
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
 def test_denoise_applies_the_preconditioning(preconditioning):
-    actor = make_actor(n_diffusion_steps=T, preconditioning=preconditioning)
+    actor = make_actor(n_diffusion_steps=T, preconditioning=preconditioning, learn_variance=True)
     obs, noisy_actions, t = th.rand(B, F), th.randn(B, A), th.arange(B) % T
     skip, out, scale_in = PRECONDITIONINGS[preconditioning](geometric_ratios(T).float()[t, None])
     answer, excess = actor.denoiser(obs, scale_in * noisy_actions, t).chunk(2, dim=1)
@@ -154,7 +154,7 @@ def test_denoise_applies_the_preconditioning(preconditioning):
 
 
 def test_no_variance_of_a_chain_is_negative():
-    actor = make_actor(n_diffusion_steps=T)
+    actor = make_actor(n_diffusion_steps=T, learn_variance=True)
     with th.no_grad():
         actor.denoiser.head[-1].bias[A:] = -3.0
         _, of_batch = actor.denoise(th.rand(B, F), th.randn(B, A), th.arange(B) % T)
@@ -163,7 +163,7 @@ def test_no_variance_of_a_chain_is_negative():
 
 
 def test_without_a_variance_guesses_are_certain():
-    actor = make_actor(n_diffusion_steps=T, learn_variance=False)
+    actor = make_actor(n_diffusion_steps=T)
     assert actor.denoiser(th.rand(B, F), th.randn(B, A), 0).shape == (B, A)
     assert actor.denoise(th.rand(B, F), th.randn(B, A), th.arange(B) % T)[1].numel() == 0
     assert actor.denoise_fn(th.rand(B, F))(th.randn(B, A), 0)[1] == 0.0

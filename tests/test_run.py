@@ -255,7 +255,7 @@ def test_every_diffusion(noise_schedule, sampler, preconditioning, score_target)
     run(total_timesteps=24, score_target=score_target, policy_kwargs=choices)
 
 
-def idle_score(q_fn, denoised, noisy_actions, ratio, ent_coef):
+def idle_score(q_fn, denoised, variance, noisy_actions, ratio, ent_coef):
     """Whatever Q says, no action."""
     return th.zeros_like(denoised), th.zeros_like(denoised)
 
@@ -263,7 +263,7 @@ def idle_score(q_fn, denoised, noisy_actions, ratio, ent_coef):
 def test_own_score_target(tmp_path):
     model = run(score_target=idle_score)
     model.save(tmp_path / "model")
-    assert QSM.load(tmp_path / "model")._score_target(None, *[th.ones(1, 1)] * 4)[1].item() == 0.0
+    assert QSM.load(tmp_path / "model")._score_target(None, *[th.ones(1, 1)] * 5)[1].item() == 0.0
 
 
 @pytest.mark.parametrize("n_diffusion_steps", [1, 2, np.int64(4), 20])

@@ -214,7 +214,8 @@ def chain_mean(score_target, optimum, sign):
     def denoise(u, t):
         answer = th.zeros_like(u)
         for _ in range(60):  # towards the answer that is its own target
-            target, _ = SCORE_TARGETS[score_target](q_fn, answer, u, th.full((len(u), 1), ratios[t]), th.tensor(ent_coef))
+            level = u, th.full((len(u), 1), ratios[t]), th.tensor(ent_coef)
+            target, _ = SCORE_TARGETS[score_target](q_fn, answer, 0 * answer, *level)
             answer = answer.lerp(target, 0.1)
         return answer, 0.0
 
@@ -222,7 +223,7 @@ def chain_mean(score_target, optimum, sign):
     return ddpm_sample(denoise, ratios, start_of(ratios, noise[0]), noise[1:]).mean(dim=0)
 
 
-@pytest.mark.parametrize("score_target", SCORE_TARGETS)
+@pytest.mark.parametrize("score_target", ["box", "published"])
 @pytest.mark.parametrize("optimum", [[0.5], [-0.5], [0.5, -0.3]])
 def test_quadratic_q(score_target, optimum):
     np.testing.assert_allclose(chain_mean(score_target, optimum, sign=1), optimum, atol=0.05)

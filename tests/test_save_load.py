@@ -220,7 +220,7 @@ def test_cloned_behaviour_answers_and_goes_on():
     """Weights trained from outside are those that act, deterministic or not, until a running mean has begun."""
     model = QSM("MlpPolicy", "Pendulum-v1", policy_kwargs=dict(net_arch=[16]), **SMALL)
     optimizer = th.optim.Adam(model.actor.parameters(), lr=0.01)
-    for _ in range(200):
+    for _ in range(100):
         obs, actions = th.randn(64, 3), th.full((64, 1), 0.75)
         t = th.randint(6, (64,))
         noisy = actions + model.actor.ratios[t, None] * th.randn_like(actions)

@@ -127,6 +127,8 @@ class DiffusionActor(BasePolicy):
         self.register_buffer("ratios", ratios.float(), persistent=False)
         self.sampler = lookup("sampler", sampler, SAMPLERS)
         self.preconditioning = lookup("preconditioning", preconditioning, PRECONDITIONINGS)
+        if not isinstance(learn_variance, bool):
+            raise ValueError(f"learn_variance must be True or False, got {learn_variance!r}")
         self.learn_variance = learn_variance
         # A batch looks its level up; a chain spends its time in dispatch, where python's floats are cheapest, but as factors
         self.levels: list[float] = self.ratios.tolist()

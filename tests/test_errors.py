@@ -36,6 +36,7 @@ BAD_DIFFUSIONS = {
     "sampler": (["ddqm", None], "one of ['ddim', 'ddpm']"),
     "preconditioning": (["karras", None], "one of ['edm', 'noise']"),
     "denoiser_class": (["unet", None], "one of ['late_fusion', 'mlp']"),
+    "learn_variance": ([1, "yes", None], "True or False"),
     "n_critics": ([0, 1.5], "an integer of at least 1"),
 }
 

@@ -32,7 +32,7 @@ class GaussianHead(Denoiser):
         self, features_dim: int, action_dim: int, n_diffusion_steps: int, net_arch: list[int], output_dim: int
     ) -> None:
         super().__init__(features_dim, action_dim, n_diffusion_steps, net_arch, output_dim)
-        self.layers = nn.Sequential(*create_mlp(features_dim, output_dim, net_arch))
+        self.layers = nn.Sequential(*create_mlp(features_dim, 2 * action_dim, net_arch))
 
     def forward(self, features: th.Tensor, noisy_actions: th.Tensor, t: int | th.Tensor) -> th.Tensor:
         """

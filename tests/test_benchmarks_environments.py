@@ -104,8 +104,8 @@ def test_reward_scale(label, factor):
 
 def test_ablated_target():
     denoised, noisy_actions, ratio = (th.tensor([[x]]) for x in (-0.4, 0.6, 0.75))  # alpha 0.8, sigma 0.6
-    _, q_grad = targets.at_noisy(lambda a: a**2 / 2, denoised, noisy_actions, ratio, th.tensor(1.0))
+    _, q_grad = targets.at_noisy(lambda a: a**2 / 2, denoised, 0 * denoised, noisy_actions, ratio, th.tensor(1.0))
     assert q_grad.item() == pytest.approx(0.8 * 0.6)
     # Q = 20 a shifts by 0.75 * 20 = 15 units of r, cut to 4
-    answer, _ = targets.at_noisy(lambda a: 20 * a, denoised, noisy_actions, ratio, th.tensor(1.0))
+    answer, _ = targets.at_noisy(lambda a: 20 * a, denoised, 0 * denoised, noisy_actions, ratio, th.tensor(1.0))
     assert answer.item() == pytest.approx(0.8100, abs=1e-4)

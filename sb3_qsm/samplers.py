@@ -38,8 +38,9 @@ def ddpm_sample(
         mean, variance = denoise_fn(u, t)
         next_ratio = ratios[t - 1] if t > 0 else 0.0
         kept = (next_ratio / ratios[t]) ** 2  # share of the noise's variance that is left
-        next_variance = variance * (1 - kept) ** 2 + next_ratio**2 * (1 - kept)
-        u = mean.clamp(-clip_range, clip_range).lerp(u, kept) + noise[t] * next_variance**0.5
+        std = (variance * (1 - kept) ** 2 + next_ratio**2 * (1 - kept)) ** 0.5
+        u = mean.clamp(-clip_range, clip_range).lerp(u, kept)
+        u = u.addcmul_(noise[t], std) if isinstance(std, th.Tensor) else u.add_(noise[t], alpha=std)  # a number costs less
     return u.clamp(-clip_range, clip_range)
 
 

@@ -132,10 +132,10 @@ def test_ddpm_step_with_variance_by_hand():
         seen[t] = u.item()
         return th.full_like(u, 0.3), th.full_like(u, 0.04)
 
-    action = ddpm_sample(denoise, BY_HAND, th.tensor([[0.5 / 0.4]]), th.tensor([[[-1.5]], [[2.0]]]))
+    action = ddpm_sample(denoise, BY_HAND, th.tensor([[0.5 / 0.4]]), th.tensor([[[-2.0]], [[2.0]]]))
     std = math.sqrt(0.321428571 + 0.714285714**2 * 0.04)
     assert 0.8 * seen[0] == pytest.approx(0.214285714 + 0.107142857 + 2 * std, rel=1e-6)
-    assert action.item() == pytest.approx(0.3 - 1.5 * 0.2)
+    assert action.item() == pytest.approx(0.3 - 2 * 0.2)
 
 
 def test_ddim_step_by_hand():

@@ -16,6 +16,9 @@ import torch as th
 QFn = Callable[[th.Tensor], th.Tensor]
 ScoreTarget = Callable[..., tuple[th.Tensor, th.Tensor]]
 
+# Levels with a larger ratio of noise to signal choose among good answers, the others refine the one chosen
+CHOOSING_RATIO = 0.3
+
 
 def action_gradient(q_fn: QFn, actions: th.Tensor) -> th.Tensor:
     """
@@ -147,14 +150,14 @@ def heights_score_target(
     q_fn: QFn, denoised: th.Tensor, variance: th.Tensor, noisy_actions: th.Tensor, ratio: th.Tensor, ent_coef: th.Tensor
 ) -> tuple[th.Tensor, th.Tensor]:
     """
-    Levels of much noise, which choose among good answers, see how high these are: :func:`drawn_target` for r > 0.3. Those of
-    little noise refine the one chosen, by slopes, as :func:`box_score_target`.
+    Levels that choose among good answers see how high these are, by :func:`drawn_target`; those that refine the one chosen
+    follow slopes, as :func:`box_score_target`.
 
     Arguments and result as for that; the variance has to be learnt.
     """
     of_slopes, q_grad = box_score_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef)
     of_heights = drawn_target(q_fn, denoised, variance, noisy_actions, ratio, ent_coef)
-    return th.where(ratio > 0.3, of_heights, of_slopes), q_grad
+    return th.where(ratio > CHOOSING_RATIO, of_heights, of_slopes), q_grad
 
 
 def published_score_target(
@@ -237,7 +240,7 @@ def boltzmann_mean(q_values: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
 
 
 def undecided_ent_coef(
-    ent_coef: th.Tensor, ratio: th.Tensor, td_error: th.Tensor, n_errors: float = 3.0, min_ratio: float = 0.3
+    ent_coef: th.Tensor, ratio: th.Tensor, td_error: th.Tensor, n_errors: float = 3.0, min_ratio: float = CHOOSING_RATIO
 ) -> th.Tensor:
     """
     Temperature of each noise level, so that a chain does not choose by differences of Q that are within the critics' error.
